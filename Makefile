@@ -1,0 +1,37 @@
+# Everything runs in a virtual environment made here; nothing has to be installed by hand.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Two test processes share the machine; more threads than cores only get in each other's way.
+JOBS ?= 2
+
+.PHONY: demo test lint types pytest constraints clean
+
+demo: $(VENV)/installed
+	$(BIN)/vitprobe demo --out demo --force
+
+test: lint types pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed
+	$(BIN)/mypy
+
+pytest: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "vitprobe needs Python 3.11, 3.12 or 3.13; set PYTHON=…")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+# Record the versions that the tests passed with.
+constraints: $(VENV)/installed
+	$(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable | grep -v '^uv==' > constraints.txt
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,5 @@
+"""`python -m vitprobe`."""
+
+from vitprobe.cli import main
+
+main()

@@ -1,0 +1,5 @@
+"""Hooks that hand on features and attention while a model runs."""
+
+from vitprobe.capture.recorder import Recorder
+
+__all__ = ["Recorder"]

@@ -1,0 +1,120 @@
+"""The context in which a model hands on its features and attention."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from vitprobe.capture.attention import AttentionTap, OnAttention
+from vitprobe.capture.features import Convention, OnFeatures, feature_layers, hook_features
+from vitprobe.capture.geometry import plain
+from vitprobe.errors import CaptureError
+from vitprobe.models import Model
+
+
+class Recorder:
+    """Runs a model and hands on what its layers compute, as they compute it.
+
+        with Recorder(model, on_features=keep, on_attention=add) as recorder:
+            output = recorder.run(images)
+
+    The model's output is bit-identical to a run without the recorder. Nothing is stored here.
+
+    Args:
+        model: from `load` or `wrap`.
+        convention: which tokens a layer stands for, `normed` or `residual`.
+        on_features: called with (layer, tokens) for layers 0 … L; tokens (images, tokens, width).
+        on_attention: called with an AttentionChunk for every part of every block's attention.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        convention: Convention = "normed",
+        on_features: OnFeatures | None = None,
+        on_attention: OnAttention | None = None,
+    ) -> None:
+        self.model = model
+        self._convention: Convention = convention
+        self._on_features = on_features
+        self._on_attention = on_attention
+        self._seen: list[int] = []
+        self._tap: AttentionTap | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            if self._on_features is not None:
+                for handle in hook_features(self.model, self._convention, self._feature):
+                    stack.callback(handle.remove)
+            if self._on_attention is not None:
+                self._tap = AttentionTap(self.model, plain(self.model.anatomy), self._on_attention)
+                for handle in self._tap.hook():
+                    stack.callback(handle.remove)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def run(self, images: Tensor, first_image: int = 0) -> Tensor:
+        """One forward pass; (n, channels, height, width) in [0, 1], normalised here.
+
+        Args:
+            images: at the model's input size, on its device.
+            first_image: index, in the whole run, of the first of them.
+
+        Returns:
+            What the model returns.
+
+        Raises:
+            CaptureError: a layer that was asked for stayed silent, or spoke more than once.
+        """
+        layers = len(feature_layers(self.model.anatomy))
+        self._seen = [0] * layers
+        inputs = self.model.normalize(images)
+        if self._tap is None:
+            output = self.model.module(inputs)
+        else:
+            self._tap.first_image = first_image
+            self._tap.calls = [0] * len(self.model.anatomy.blocks)
+            with self._tap:
+                output = self.model.module(inputs)
+            self._check("attention", self._tap.calls)
+        if self._on_features is not None:
+            self._check("features", self._seen)
+        return output
+
+    def _feature(self, layer: int, tokens: Tensor) -> None:
+        self._seen[layer] += 1
+        if self._on_features is not None:
+            with torch.no_grad():
+                self._on_features(layer, tokens)
+
+    def _check(self, what: str, calls: list[int]) -> None:
+        silent = [layer for layer, count in enumerate(calls) if count == 0]
+        repeated = [layer for layer, count in enumerate(calls) if count > 1]
+        if silent:
+            raise CaptureError(
+                f"model '{self.model.name}' gave no {what} in layers {_listed(silent)}; "
+                "compare it without measures that need them"
+            )
+        if repeated:
+            raise CaptureError(
+                f"model '{self.model.name}' gave {what} more than once in layers "
+                f"{_listed(repeated)}, so which one is meant is not known"
+            )
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:6])) + (" …" if len(numbers) > 6 else "")

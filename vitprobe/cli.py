@@ -1,0 +1,311 @@
+"""The command line: thin subcommands over the public functions.
+
+Only the standard library and tyro are imported before a command has been parsed, so that help is
+immediate. The path of what was made is all that goes to stdout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import signal
+import sys
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import tyro
+
+from vitprobe.errors import ResultError, SourceError, VitprobeError
+
+if TYPE_CHECKING:
+    from vitprobe.models import Model
+
+
+@dataclass
+class Demo:
+    """Train two small ViTs on handwritten digits and compare them; nothing is downloaded."""
+
+    out: Path = Path("demo")
+    """Folder for the runs and the report."""
+    force: bool = False
+    """Replace what an earlier demo left there."""
+
+    def run(self) -> str:
+        from vitprobe.demo import demo
+
+        return str(demo(self.out, force=self.force))
+
+
+@dataclass
+class Inspect:
+    """Show what would be loaded: dialect, architecture with evidence, unmatched keys, layers."""
+
+    spec: tyro.conf.Positional[str]
+    """Such as mae.pth,heads=12 or timm:deit_tiny_patch16_224 or init:NAME."""
+
+    def run(self) -> str:
+        from vitprobe.models import load
+        from vitprobe.models.inspection import describe_text
+
+        return describe_text(load(self.spec))
+
+
+@dataclass
+class Compare:
+    """Compare models on the same images and write a report."""
+
+    images: Path
+    """Folder, zip, tar or .txt list of images."""
+    out: Path
+    """Folder for report.html, figures, tables and results.nc."""
+    specs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """NAME=SPEC of each model, such as MAE=mae.pth,heads=12 or DeiT=timm:deit_tiny_patch16_224."""
+    models: Path | None = None
+    """TOML file with more models: one table a model, [NAME] with spec = "…" and options."""
+    measures: tuple[str, ...] = ("cka", "attention_distance", "attention_entropy")
+    """What to measure."""
+    layers: Literal["normed", "residual"] = "normed"
+    """What a layer is: what each block's attention reads, or the residual stream."""
+    tokens: Literal["patches", "cls", "mean", "all"] = "patches"
+    """What of a layer CKA compares."""
+    estimator: Literal["unbiased", "biased"] = "unbiased"
+    """Of HSIC in CKA."""
+    limit: int | None = None
+    """Use the first so many images of the seeded permutation."""
+    seed: int = 0
+    """Of the permutation of images."""
+    block: int = 128
+    """Images over which similarity is computed before it is summed."""
+    batch_size: int | None = None
+    """Images in one forward pass; a block unless given."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """fp32 turns TF32 and autocast off."""
+    workers: int = 2
+    """Threads that decode images ahead."""
+    dry_run: bool = False
+    """Load models and list images, say what would be done, and stop."""
+    force: bool = False
+    """Replace an earlier report in OUT."""
+
+    def run(self) -> str:
+        specs = [_named(spec) for spec in self.specs]
+        entries: list[tuple[str | None, str, dict[str, Any]]] = [(n, s, {}) for n, s in specs]
+        if self.models is not None:
+            entries += _listed(self.models)
+        if not entries:
+            raise SourceError("no models to compare; give NAME=SPEC of one or more, or --models")
+        if not self.dry_run:
+            check_output(self.out, self.force)
+
+        from vitprobe.compare import compare
+        from vitprobe.data.images import images
+        from vitprobe.models import load
+        from vitprobe.report import report
+
+        source = images(self.images, limit=self.limit, seed=self.seed)
+        models = [load(spec, name=name, **options) for name, spec, options in entries]
+        if self.dry_run:
+            return _plan(models, len(source), self.measures)
+        result = compare(
+            models,
+            source,
+            self.measures,
+            layers=self.layers,
+            tokens=self.tokens,
+            estimator=self.estimator,
+            block=self.block,
+            batch_size=self.batch_size,
+            device=self.device,
+            precision=self.precision,
+            seed=self.seed,
+            workers=self.workers,
+        )
+        for note in result.notes:
+            print(f"note: {note}", file=sys.stderr)
+        return str(report(result, self.out, force=self.force))
+
+
+@dataclass
+class Report:
+    """Write the report of a saved result again."""
+
+    result: tyro.conf.Positional[Path]
+    """results.nc of an earlier comparison."""
+    out: Path
+    """Folder for report.html, figures and tables."""
+    force: bool = False
+    """Replace an earlier report in OUT."""
+
+    def run(self) -> str:
+        check_output(self.out, self.force)
+
+        from vitprobe.report import report
+        from vitprobe.results import open_result
+
+        return str(report(open_result(self.result), self.out, force=self.force))
+
+
+@dataclass
+class Pretrain:
+    """Train a ViT by a recipe and write a checkpoint for comparison."""
+
+    recipe: tyro.conf.Positional[str]
+    """Name of a bundled recipe, such as digits_mae, or a TOML file."""
+    out: Path
+    """Folder for the run."""
+    data: str | None = None
+    """Training data, if not the recipe's own."""
+    set: tuple[str, ...] = ()
+    """Overrides of recipe keys, such as epochs=3 or optimizer.lr=1e-3."""
+    device: str = "auto"
+    """auto, cpu, cuda, mps."""
+    resume: bool = False
+    """Go on from the state in OUT."""
+    force: bool = False
+    """Replace an earlier run in OUT."""
+
+    def run(self) -> str:
+        overrides = dict(_override(text) for text in self.set)
+
+        from vitprobe.training import pretrain
+
+        return str(
+            pretrain(
+                self.recipe,
+                self.out,
+                data=self.data,
+                overrides=overrides,
+                resume=self.resume,
+                force=self.force,
+                device=self.device,
+            )
+        )
+
+
+Command = (
+    Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
+)
+
+
+def check_output(out: Path, force: bool) -> None:
+    """Raise ResultError before any work is done if a report could not be written to `out`."""
+    if out.exists() and not force:
+        raise ResultError(f"'{out}' exists; give another --out, or --force to replace it")
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ResultError(f"cannot write '{out}': no permission to write in '{parent}'")
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Run a command and exit: 0 done, 2 bad input, 130 Ctrl-C, 143 SIGTERM."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        command = _parse(args)
+        print(command.run())
+        sys.stdout.flush()
+        status = 0
+    except VitprobeError as error:
+        print(f"vitprobe: {_one_line(str(error))}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("vitprobe: interrupted; nothing was left half-written", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)
+
+
+def _parse(args: Sequence[str] | None) -> Any:
+    """tyro's parse, its boxed usage errors folded into one line."""
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                Command,
+                prog="vitprobe",
+                description="Probe and compare what Vision Transformers learned.",
+                args=args,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as stop:
+        if stop.code == 2:
+            print(f"vitprobe: {_unboxed(errors.getvalue())}", file=sys.stderr)
+        raise
+
+
+def _unboxed(text: str) -> str:
+    lines = [re.sub(r"^[│╭╰]|[│╮╯]$", "", line.strip()).strip() for line in text.splitlines()]
+    sections = re.split(r"^─.*─$", "\n".join(lines), flags=re.MULTILINE)
+    kept = [_one_line(section) for section in sections if "Argument helptext" not in section]
+    return "; ".join(section.rstrip(".:") for section in kept if section)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _named(text: str) -> tuple[str | None, str]:
+    """NAME=SPEC, or a spec alone; an = behind a comma, colon or slash belongs to the spec."""
+    name, equals, spec = text.partition("=")
+    if not equals or re.search(r"[,:/\\]", name):
+        return None, text
+    if not name or not spec:
+        raise SourceError(f"'{text}' is no NAME=SPEC; write it as MAE=mae.pth")
+    return name, spec
+
+
+def _listed(path: Path) -> list[tuple[str | None, str, dict[str, Any]]]:
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SourceError(f"cannot read models from '{path}': {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SourceError(f"'{path}' is no TOML list of models: {error}") from error
+    entries: list[tuple[str | None, str, dict[str, Any]]] = []
+    for name, table in tables.items():
+        if not isinstance(table, dict) or not isinstance(table.get("spec"), str):
+            raise SourceError(
+                f"model '{name}' in '{path}' has no spec; write [{name}] spec = \"…\""
+            )
+        options = {key: value for key, value in table.items() if key != "spec"}
+        entries.append((name, table["spec"], options))
+    return entries
+
+
+def _override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise SourceError(f"'{text}' is no KEY=VALUE; write it as epochs=3")
+    try:
+        return key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, value
+
+
+def _plan(models: Sequence[Model], count: int, measures: Sequence[str]) -> str:
+    lines = [f"{count} images through {len(models)} models once; {', '.join(measures)}"]
+    for model in models:
+        size = "x".join(map(str, model.input_size))
+        lines.append(
+            f"{model.name}: {len(model.anatomy.blocks)} blocks, input {size}, {model.spec}"
+        )
+    return "\n".join(lines)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(143)

@@ -1,0 +1,444 @@
+"""The one loop: every image through every model once, every measure on the way.
+
+Layers are reduced to Gram matrices as they arrive, attention to per-image sums; nothing else is
+kept of an image, so memory does not grow with their number (but for per-image attention means).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from vitprobe import provenance
+from vitprobe.capture import Recorder
+from vitprobe.capture.features import Convention, check_convention, feature_layers
+from vitprobe.capture.geometry import plain
+from vitprobe.data.images import Block, Images, View
+from vitprobe.data.images import images as as_images
+from vitprobe.errors import CaptureError, DataError, MeasureError, VitprobeError, suggest
+from vitprobe.measures.attention import AttentionChunk, AttentionMeasure
+from vitprobe.measures.cka import (
+    CKA,
+    MINIMUM_IMAGES,
+    Estimator,
+    FirstDirectionShare,
+    centered_gram,
+)
+from vitprobe.measures.registry import ATTENTION, MEASURES
+from vitprobe.measures.tokens import TokenPolicy, select_tokens
+from vitprobe.models import Model
+from vitprobe.results import (
+    Comparison,
+    Feature,
+    Unit,
+    attention_dataset,
+    similarity_dataset,
+    tokens_dataset,
+)
+from vitprobe.samples import SAMPLES, SampleMaps, thumbnails
+
+DEFAULT_MEASURES: Final = ("cka", "attention_distance", "attention_entropy")
+
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a comparison is made; all of it is recorded in the result."""
+
+    measures: tuple[str, ...] = DEFAULT_MEASURES
+    layers: Convention = "normed"
+    tokens: TokenPolicy = "patches"
+    estimator: Estimator = "unbiased"
+    block: int = 128
+    batch_size: int | None = None
+    device: str = "auto"
+    precision: Precision = "fp32"
+    workers: int = 2
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        known = [name for name in MEASURES if name == "cka" or name in ATTENTION]
+        for name in self.measures:
+            if name not in known:
+                raise MeasureError(
+                    f"unknown measure '{name}'.{suggest(name, known)} Use some of "
+                    f"{', '.join(known)}."
+                )
+        if not self.measures:
+            raise MeasureError(f"no measure asked for: use some of {', '.join(known)}")
+        if self.estimator not in MINIMUM_IMAGES:
+            raise MeasureError(
+                f"unknown CKA estimator '{self.estimator}': use 'unbiased' or 'biased'"
+            )
+        if self.block < MINIMUM_IMAGES[self.estimator]:
+            raise MeasureError(
+                f"a block of {self.block} images is too small: {self.estimator} CKA needs "
+                f"{MINIMUM_IMAGES[self.estimator]}"
+            )
+        if self.batch_size is not None and self.batch_size < 1:
+            raise DataError(f"a batch size of {self.batch_size} is no batch; give 1 or more")
+        if self.precision not in ("fp32", "bf16"):
+            raise VitprobeError(f"unknown precision '{self.precision}': use 'fp32' or 'bf16'")
+
+    @property
+    def attention(self) -> tuple[str, ...]:
+        """Attention measures; sink mass always goes with them, since renormalising hides it."""
+        asked = [name for name in self.measures if name in ATTENTION]
+        return tuple(dict.fromkeys([*asked, "sink_mass"])) if asked else ()
+
+
+def compare(
+    models: Sequence[Model],
+    images: Any,
+    measures: Sequence[str] = DEFAULT_MEASURES,
+    *,
+    layers: Convention = "normed",
+    tokens: TokenPolicy = "patches",
+    estimator: Estimator = "unbiased",
+    block: int = 128,
+    batch_size: int | None = None,
+    device: str = "auto",
+    precision: Precision = "fp32",
+    limit: int | None = None,
+    seed: int = 0,
+    workers: int = 2,
+    progress: bool = True,
+) -> Comparison:
+    """Compare models on the same images, in one pass.
+
+    Models may differ in depth, width, patch, input size and normalisation. CKA compares every layer
+    of every model with every other; one model alone is compared with itself.
+
+    Args:
+        models: from `load` or `wrap`, with different names.
+        images: whatever `vitprobe.images` takes.
+        measures: names; attention measures bring sink mass with them.
+        layers: `normed` (what each block's attention reads, and the final norm) or `residual`.
+        tokens: what of a layer CKA compares: `patches`, `cls`, `mean` or `all`.
+        estimator: of HSIC in CKA; `biased` is exact only when all images fit in one block.
+        block: images over which similarity is computed before it is summed; recorded.
+        batch_size: images in one forward pass, at most and by default a block.
+        device: `auto` (CUDA or MPS where there is one), or a torch device.
+        precision: `fp32` (TF32 and autocast off) or `bf16` autocast.
+        limit: take the first so many images of the seeded permutation.
+        seed: of the permutation.
+        workers: threads that decode images ahead.
+        progress: show a progress bar on stderr where that is a terminal.
+
+    Returns:
+        The Comparison.
+
+    Raises:
+        VitprobeError: models that share a name, images too few or undecodable, an unknown measure,
+            a layer that stays silent, features or attention that are not finite.
+    """
+    settings = Settings(
+        tuple(measures),
+        layers,
+        tokens,
+        estimator,
+        block,
+        batch_size,
+        device,
+        precision,
+        workers,
+        progress,
+    )
+    return _Run(list(models), as_images(images, limit=limit, seed=seed), settings, seed).result()
+
+
+@dataclass
+class _Run:
+    models: list[Model]
+    images: Images
+    settings: Settings
+    seed: int
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        names = [model.name for model in self.models]
+        if not names:
+            raise VitprobeError("no models to compare; give at least one")
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise VitprobeError(f"two models are named '{twice}'; give each its own name")
+        for model in self.models:
+            if "cka" in self.settings.measures:
+                check_convention(model, self.settings.layers)
+                if self.settings.tokens == "cls" and model.anatomy.prefix_tokens == 0:
+                    raise MeasureError(
+                        f"model '{model.name}' has no class token; use tokens 'patches' or 'mean'"
+                    )
+        self.device = _device(self.settings.device)
+        self.features: list[Feature] = [
+            (model.name, layer) for model in self.models for layer in feature_layers(model.anatomy)
+        ]
+        self.cka = CKA(len(self.features), self.settings.estimator)
+        self.first_direction = FirstDirectionShare(len(self.features))
+        self.attention = {
+            model.name: [ATTENTION[name]() for name in self.settings.attention]
+            for model in self.models
+        }
+        self.samples = {model.name: SampleMaps(model) for model in self.models}
+        self.thumbnails: np.ndarray | None = None
+
+    def result(self) -> Comparison:
+        views = {model.name: View(*model.input_size) for model in self.models}
+        total = len(self.images) if self.images.names is not None else self.images.limit
+        bar = tqdm(
+            total=total,
+            unit=" images",
+            desc="comparing",
+            disable=None if self.settings.progress else True,
+        )
+        with bar, _precision(self.device, self.settings.precision):
+            for model in self.models:
+                model.module.to(self.device)
+            blocks = self.images.blocks(
+                views.values(), self.settings.block, workers=self.settings.workers
+            )
+            for number, block in enumerate(blocks):
+                self._block(number, block, views)
+                bar.update(len(block.names))
+        return self._assemble()
+
+    def _block(self, number: int, block: Block, views: dict[str, View]) -> None:
+        if "cka" in self.settings.measures:
+            needed = MINIMUM_IMAGES[self.settings.estimator]
+            if len(block.names) < needed:
+                raise DataError(
+                    f"'{self.images.source}' gives {len(block.names)} images that can be decoded; "
+                    f"{self.settings.estimator} CKA needs at least {needed}"
+                )
+        grams: list[Tensor] = []
+        for model in self.models:
+            found = self._forward(model, number, block, block.views[views[model.name]])
+            grams += [found[layer] for layer in sorted(found)]
+        if grams:
+            stacked = torch.stack(grams)
+            self.cka.update_grams(stacked)
+            self.first_direction.update_grams(stacked)
+        if number == 0:
+            self.thumbnails = thumbnails(block)
+
+    def _forward(
+        self, model: Model, number: int, block: Block, pixels: Tensor
+    ) -> dict[int, Tensor]:
+        """One model over one block: Grams by layer, attention into its measures."""
+        count = len(pixels)
+        step = min(self.settings.batch_size or count, count)
+        parts: dict[int, list[Tensor]] = {}
+        grams: dict[int, Tensor] = {}
+
+        def on_features(layer: int, tokens: Tensor) -> None:
+            kept = select_tokens(tokens, model.anatomy.prefix_tokens, self.settings.tokens)
+            if step == count:
+                grams[layer] = gram(layer, kept)
+            else:
+                parts.setdefault(layer, []).append(kept.clone())
+
+        def gram(layer: int, kept: Tensor) -> Tensor:
+            result = centered_gram(kept)
+            if not torch.isfinite(result).all():
+                raise MeasureError(
+                    f"model '{model.name}' gives NaN or infinite features in layer {layer}, block "
+                    f"{number} of the images; check its weights with 'vitprobe inspect'"
+                )
+            return result
+
+        def on_attention(chunk: AttentionChunk) -> None:
+            # A nan in q or k makes whole rows nan; -inf alone is a masked key.
+            if chunk.log_p.isnan().any():
+                raise MeasureError(
+                    f"model '{model.name}' gives NaN attention in layer {chunk.layer}, block "
+                    f"{number} of the images; check its weights with 'vitprobe inspect'"
+                )
+            for measure in self.attention[model.name]:
+                measure.update(chunk)
+            self.samples[model.name].update(chunk)
+
+        recorder = Recorder(
+            model,
+            convention=self.settings.layers,
+            on_features=on_features if "cka" in self.settings.measures else None,
+            on_attention=on_attention if self.settings.attention else None,
+        )
+        with torch.inference_mode(), recorder:
+            for start in range(0, count, step):
+                batch = pixels[start : start + step].to(self.device)
+                recorder.run(batch, block.first + start)
+            for layer in list(parts):
+                grams[layer] = gram(layer, torch.cat(parts.pop(layer)))
+        return grams
+
+    def _assemble(self) -> Comparison:
+        groups: dict[str, xr.Dataset] = {}
+        if "cka" in self.settings.measures:
+            value, error = self.cka.compute()
+            sums = {
+                name: getattr(self.cka, name).numpy()
+                for name in ("products", "squares", "cross", "selves")
+            }
+            groups["similarity"] = similarity_dataset(
+                self.features, value=value.numpy(), standard_error=error.numpy(), sums=sums
+            )
+            share = self.first_direction.compute().numpy()
+            groups["tokens"] = tokens_dataset(self.features, share)
+            self._note_constant(value)
+        if self.settings.attention:
+            groups["attention"] = self._attention_group()
+            groups |= self._sample_groups()
+        self._note_images()
+        for model in self.models:
+            assumed = model.describe()["assumed"]
+            if assumed:
+                self.notes.append(f"{model.name}: {', '.join(assumed)} assumed, not read anywhere.")
+        return Comparison.assemble(groups, self._provenance())
+
+    def _attention_group(self) -> xr.Dataset:
+        units: list[Unit] = []
+        values: dict[str, list[np.ndarray]] = {name: [] for name in self.settings.attention}
+        undefined: dict[str, list[np.ndarray]] = {name: [] for name in self.settings.attention}
+        uniform: dict[str, list[float]] = {name: [] for name in self.settings.attention}
+        for model in self.models:
+            geometry = plain(model.anatomy)
+            for measure in self.attention[model.name]:
+                name = measure.info.name
+                level = measure.uniform(geometry.query_xy, geometry.key_xy, geometry.key_prefix)
+                layers = measure.compute()
+                for layer, (mean, missing) in layers.items():
+                    heads = mean.shape[1]
+                    if measure is self.attention[model.name][0]:
+                        units += [(model.name, layer, head) for head in range(heads)]
+                    values[name].append(mean)
+                    undefined[name].append(missing)
+                    uniform[name] += [math.nan if level is None else level] * heads
+                self._note_undefined(model, measure, layers)
+        return attention_dataset(
+            units,
+            self.images.used,
+            values={name: np.concatenate(parts, axis=1) for name, parts in values.items()},
+            undefined_rows={
+                name: np.concatenate(parts, axis=1) for name, parts in undefined.items()
+            },
+            uniform={
+                name: np.asarray(levels)
+                for name, levels in uniform.items()
+                if not np.isnan(levels).all()
+            },
+            info={name: (MEASURES[name].title, MEASURES[name].unit) for name in values},
+        )
+
+    def _sample_groups(self) -> dict[str, xr.Dataset]:
+        thumbnail = (("sample", "row", "column", "channel"), self.thumbnails)
+        names = {"name": ("sample", self.images.used[:SAMPLES])}
+        groups = {"samples": xr.Dataset({"thumbnail": thumbnail}, coords=names)}
+        for index, model in enumerate(self.models):
+            groups[f"samples/{index}"] = self.samples[model.name].dataset()
+        return groups
+
+    def _note_constant(self, value: Tensor) -> None:
+        for (model, layer), own in zip(self.features, value.diagonal().tolist(), strict=True):
+            if math.isnan(own):
+                self.notes.append(
+                    f"{model}, layer {layer}: constant over the images under tokens "
+                    f"'{self.settings.tokens}', so its CKA is undefined."
+                )
+
+    def _note_undefined(
+        self, model: Model, measure: AttentionMeasure, layers: dict[int, Any]
+    ) -> None:
+        rows = sum(int(missing.sum()) for _, missing in layers.values())
+        if rows:
+            self.notes.append(
+                f"{model.name}: {rows} attention rows had no mass on patches and are left out of "
+                f"{measure.info.title.lower()}."
+            )
+
+    def _note_images(self) -> None:
+        lost = self.images.undecodable
+        if lost:
+            named = ", ".join(lost[:5]) + (" …" if len(lost) > 5 else "")
+            self.notes.append(
+                f"{len(lost)} images could not be decoded and the next of the permutation took "
+                f"their place: {named}."
+            )
+        limit = self.images.limit
+        if limit is not None and len(self.images.used) < limit:
+            self.notes.append(
+                f"{limit} images were asked for and {len(self.images.used)} could be had."
+            )
+        if self.settings.estimator == "biased" and self.cka.blocks > 1:
+            self.notes.append(
+                f"Biased CKA was summed over {self.cka.blocks} blocks and so depends on the block "
+                "size; it is exact only with one block."
+            )
+        for model in self.models:
+            height, width = model.input_size[1:]
+            if height != width:
+                self.notes.append(
+                    f"{model.name}: its input is {height} x {width}, so the square images are "
+                    "stretched."
+                )
+
+    def _provenance(self) -> dict[str, Any]:
+        settings = self.settings
+        measured = [name for name in settings.measures if name not in ATTENTION]
+        return {
+            **provenance.collect(),
+            "models": [model.describe() for model in self.models],
+            "measures": [*measured, *settings.attention],
+            "layers": settings.layers,
+            "tokens": settings.tokens,
+            "estimator": settings.estimator,
+            "block": settings.block,
+            "blocks": self.cka.blocks if "cka" in settings.measures else None,
+            "batch_size": settings.batch_size,
+            "device": str(self.device),
+            "precision": settings.precision,
+            "seed": self.seed,
+            "preprocessing": "centre square; bicubic, antialiased; each model's own mean and std",
+            "images": {
+                "source": self.images.source,
+                "count": len(self.images.used),
+                "sha256": self.images.sha256,
+                "undecodable": list(self.images.undecodable),
+            },
+            "notes": self.notes,
+        }
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CaptureError(f"device '{name}' is not to be had here; use 'cpu' or 'auto'") from error
+    return device
+
+
+@contextmanager
+def _precision(device: torch.device, precision: Precision) -> Iterator[None]:
+    """fp32 with TF32 and autocast off, or bf16 autocast; restored afterwards."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before

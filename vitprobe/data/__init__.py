@@ -1,0 +1,1 @@
+"""Images, from wherever they are, in the order and shape that a comparison needs."""

@@ -1,0 +1,48 @@
+"""The errors a user can mend.
+
+Every one carries a single sentence that names the offending thing and says what to do. The command
+line prints that sentence and exits with status 2; any other exception is a defect of vitprobe.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VitprobeError(Exception):
+    """Base of every error that bad input can cause."""
+
+
+class SourceError(VitprobeError):
+    """A model spec that names nothing loadable."""
+
+
+class CheckpointError(VitprobeError):
+    """A checkpoint file that cannot be read, or does not fill the model it is loaded into."""
+
+
+class CaptureError(VitprobeError):
+    """A model whose features or attention cannot be captured as asked."""
+
+
+class MeasureError(VitprobeError):
+    """Features or attention on which a measure is not defined."""
+
+
+class DataError(VitprobeError):
+    """Images that are missing, undecodable, too few, or of the wrong shape."""
+
+
+class RecipeError(VitprobeError):
+    """A training recipe or override that cannot be followed."""
+
+
+class ResultError(VitprobeError):
+    """A result file or output directory that cannot be read or written."""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """`" Did you mean 'x'?"` for the known name nearest to `name`, or the empty string."""
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean '{nearest[0]}'?" if nearest else ""
