@@ -77,7 +77,7 @@ def test_importing_loads_no_torch(module):
 
 def test_public_names_resolve_to_functions_and_not_to_modules():
     import vitprobe.compare
-    import vitprobe.report  # noqa: F401
+    import vitprobe.report
 
     for name in vitprobe.__all__:
         value = getattr(vitprobe, name)

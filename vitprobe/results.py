@@ -136,7 +136,7 @@ class Comparison:
         """
         per_image = self.per_image(measure, name, relative=relative)
         with np.errstate(invalid="ignore"):
-            mean = per_image.mean("image", skipna=True)
+            mean = per_image.astype(float).mean("image", skipna=True)
         mean.attrs = per_image.attrs
         return mean
 
@@ -221,7 +221,7 @@ class Comparison:
             tokens = self._group("tokens", "cka").to_dataframe().reset_index(drop=True)
             return tokens[["model", "layer", "first_direction_share"]]
         dataset = self._group("attention", measure)
-        values = dataset[measure]
+        values = dataset[measure].astype(float)
         table = pd.DataFrame({key: dataset[key].values for key in ("model", "layer", "head")})
         count = values.notnull().sum("image")
         table[measure] = values.mean("image").values

@@ -34,7 +34,11 @@ def build(fused=True, seed=0, **options):
     size = options["img_size"]
     height, width = size if isinstance(size, tuple) else (size, size)
     return vp.wrap(
-        module, name="tiny", input_size=(options.get("in_chans", 3), height, width), mean=0.5, std=0.5
+        module,
+        name="tiny",
+        input_size=(options.get("in_chans", 3), height, width),
+        mean=0.5,
+        std=0.5,
     )
 
 
@@ -202,9 +206,10 @@ def test_attention_seen_twice_raises():
 
 def test_hooks_go_when_a_forward_fails():
     model = build()
-    with pytest.raises(RuntimeError), Recorder(
-        model, on_features=lambda *a: None, on_attention=lambda c: None
-    ) as recorder:
+    with (
+        pytest.raises(RuntimeError),
+        Recorder(model, on_features=lambda *a: None, on_attention=lambda c: None) as recorder,
+    ):
         recorder.run(torch.rand(2, 5, 3, 3))
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.module.modules())
 

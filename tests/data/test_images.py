@@ -84,7 +84,9 @@ def test_an_undecodable_image_is_named_and_replaced(folder):
 def test_no_decodable_image(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.jpg").write_bytes(b"not a picture")
-    with pytest.raises(DataError, match=r"none of the images in .* can be decoded, such as '\d.jpg"):
+    with pytest.raises(
+        DataError, match=r"none of the images in .* can be decoded, such as '\d.jpg"
+    ):
         read(tmp_path)
 
 

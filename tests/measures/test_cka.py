@@ -188,13 +188,13 @@ def test_standard_error_is_the_root_mean_square_influence():
     centred = [u_center(x @ x.T).numpy() for x in xs]
     for i in range(3):
         for j in range(3):
-            g = {key: (centred[key[0]] * centred[key[1]]).sum(1) / (n - 3) for key in
-                 ((i, j), (i, i), (j, j))}
+            g = {
+                key: (centred[key[0]] * centred[key[1]]).sum(1) / (n - 3)
+                for key in ((i, j), (i, i), (j, j))
+            }
             h = {key: value.mean() for key, value in g.items()}
             value = h[i, j] / np.sqrt(h[i, i] * h[j, j])
-            psi = value * (
-                2 * g[i, j] / h[i, j] - g[i, i] / h[i, i] - g[j, j] / h[j, j]
-            )
+            psi = value * (2 * g[i, j] / h[i, j] - g[i, i] / h[i, i] - g[j, j] / h[j, j])
             if i == j:
                 assert np.allclose(psi, 0)
                 assert result.standard_error[i, j].isnan()

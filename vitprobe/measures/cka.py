@@ -235,7 +235,8 @@ class CKA(Measure):
             grams = grams.cpu()
         centered = _center(grams, self.estimator)
         by_image = centered.permute(1, 0, 2)
-        rows = torch.bmm(by_image, by_image.transpose(1, 2))  # (n, layers, layers)
+        rows = torch.bmm(by_image, by_image.mT)  # (n, layers, layers)
+        rows = (rows + rows.mT) / 2  # a matrix product is symmetric only up to rounding
         own = rows.diagonal(dim1=1, dim2=2)
         self.products += rows.sum(0).cpu()
         self.squares += rows.square().sum(0).cpu()
