@@ -24,7 +24,7 @@ def layers_of(model, images):
             normed = block.norm1(tokens)
             features.append(normed)
             attn = block.attn
-            n, t, width = normed.shape
+            n, t, _ = normed.shape
             q, k, _ = attn.qkv(normed).reshape(n, t, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
             maps.append((q.double() @ k.double().mT * attn.scale).softmax(-1))
             tokens = block(tokens)
@@ -56,14 +56,14 @@ def test_equals_the_definitions_computed_by_hand(pair, result):
         for layer, rows in enumerate(attention):
             distance = attention_distance(rows, grid=grid, patch_size=8, prefix_tokens=1).mean(0)
             entropy = attention_entropy(rows, prefix_tokens=1).mean(0)
-            found = (
-                result.attention_distance(model.name)[layer],
-                result.attention_entropy(model.name)[layer],
-            )
-            np.testing.assert_allclose(found[0], distance, rtol=1e-4)
-            np.testing.assert_allclose(found[1], entropy, rtol=1e-4)
             sink = rows[:, :, 1:, 0].mean((0, 2))
-            np.testing.assert_allclose(result.sink_mass(model.name)[layer], sink, rtol=1e-4)
+            for name, expected in (
+                ("attention_distance", distance),
+                ("attention_entropy", entropy),
+                ("sink_mass", sink),
+            ):
+                found = result.attention(name, model.name)[layer]
+                np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def vp_resize(image, size):

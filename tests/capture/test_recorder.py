@@ -33,13 +33,8 @@ def build(fused=True, seed=0, **options):
         block.attn.fused_attn = fused
     size = options["img_size"]
     height, width = size if isinstance(size, tuple) else (size, size)
-    return vp.wrap(
-        module,
-        name="tiny",
-        input_size=(options.get("in_chans", 3), height, width),
-        mean=0.5,
-        std=0.5,
-    )
+    channels = options.get("in_chans", 3)
+    return vp.wrap(module, name="tiny", input_size=(channels, height, width), mean=0.5, std=0.5)
 
 
 def images(model, n=5):
@@ -191,7 +186,7 @@ def test_a_silent_layer_raises():
 def test_a_skipped_block_raises():
     model = build()
     model.module.blocks[2].forward = lambda x, *args, **kwargs: x
-    with pytest.raises(CaptureError, match="gave no (features|attention) in layers 2"):
+    with pytest.raises(CaptureError, match=r"gave no (features|attention) in layers 2"):
         record(model, images(model))
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -35,8 +36,8 @@ def chunks(attention, prefix, grid, patch=16, *, images=(None,), rows=(None,)):
     centres = grid_positions(grid, patch)
     edges = [0, *[i for i in images if i], attention.shape[0]]
     cuts = [0, *[r for r in rows if r], attention.shape[2]]
-    for first, last in zip(edges, edges[1:], strict=False):
-        for top, bottom in zip(cuts, cuts[1:], strict=False):
+    for first, last in pairwise(edges):
+        for top, bottom in pairwise(cuts):
             yield AttentionChunk(
                 log_p=attention[first:last, :, top:bottom].log(),
                 query_prefix=min(max(0, prefix - top), bottom - top),

@@ -19,22 +19,22 @@ def features(n=40, p=17, q=23, seed=0):
     return x, x[:, :5] @ rng.normal(size=(5, q)) + rng.normal(size=(n, q))
 
 
-def direct_unbiased_hsic(k, l):
+def direct_unbiased_hsic(k, m):
     """Song et al. 2012, eq. 5, term by term."""
     n = len(k)
-    k, l = k - np.diag(np.diag(k)), l - np.diag(np.diag(l))
+    k, m = k - np.diag(np.diag(k)), m - np.diag(np.diag(m))
     one = np.ones(n)
     return (
-        np.trace(k @ l)
-        + (one @ k @ one) * (one @ l @ one) / ((n - 1) * (n - 2))
-        - 2 / (n - 2) * (one @ k @ l @ one)
+        np.trace(k @ m)
+        + (one @ k @ one) * (one @ m @ one) / ((n - 1) * (n - 2))
+        - 2 / (n - 2) * (one @ k @ m @ one)
     ) / (n * (n - 3))
 
 
 def test_equals_the_formula_term_by_term():
     x, y = features()
-    k, l = x @ x.T, y @ y.T
-    h = [direct_unbiased_hsic(*pair) for pair in ((k, l), (k, k), (l, l))]
+    k, m = x @ x.T, y @ y.T
+    h = [direct_unbiased_hsic(*pair) for pair in ((k, m), (k, k), (m, m))]
     assert cka(x, y) == pytest.approx(h[0] / np.sqrt(h[1] * h[2]), abs=1e-12)
 
 
@@ -174,8 +174,8 @@ def test_ragged_blocks_weigh_n_times_n_minus_3():
         n = len(part[0])
         for i in range(3):
             for j in range(3):
-                k, l = (p.numpy() @ p.numpy().T for p in (part[i], part[j]))
-                hsic[i, j] = hsic.get((i, j), 0) + n * (n - 3) * direct_unbiased_hsic(k, l)
+                k, m = (p.numpy() @ p.numpy().T for p in (part[i], part[j]))
+                hsic[i, j] = hsic.get((i, j), 0) + n * (n - 3) * direct_unbiased_hsic(k, m)
     value = streamed(blocks(xs, sizes)).compute().value
     for (i, j), h in hsic.items():
         assert value[i, j] == pytest.approx(h / np.sqrt(hsic[i, i] * hsic[j, j]), abs=1e-12)
