@@ -1,0 +1,19 @@
+"""DINO (Caron et al. 2021), https://github.com/facebookresearch/dino, and iBOT beside it.
+
+Containers `teacher` and `student` with `args`, keys under `module.` and `backbone.`, the projector
+under `head.`. The teacher is what its authors evaluate, hence the default.
+"""
+
+from __future__ import annotations
+
+from vitprobe.models.formats.base import Dialect
+
+_BRANCHES = ("teacher", "student")
+
+DINO = Dialect(
+    name="dino",
+    recognise=lambda branches, settings: all(branch.name in _BRANCHES for branch in branches),
+    branches=_BRANCHES,
+    ignored=r"head\.|masked_embed$|mask_token$",
+    heads={"vit_tiny": 3, "vit_small": 6, "vit_base": 12, "vit_large": 16, "deit_small": 6},
+)

@@ -1,0 +1,179 @@
+"""`load` and `wrap`: the two ways in which a model enters vitprobe."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from vitprobe.errors import CaptureError, CheckpointError, SourceError
+from vitprobe.models.anatomy import find_anatomy, find_input_size
+from vitprobe.models.architecture import Architecture, Evidence, infer_architecture
+from vitprobe.models.branches import choose_branch, saved_settings
+from vitprobe.models.checkpoint import CheckpointFile, read_checkpoint
+from vitprobe.models.filling import encoder_tensors, fill
+from vitprobe.models.model import Model, module_facts, statistics_facts
+from vitprobe.models.sources import ModelSpec, parse_spec, read_option
+from vitprobe.models.timm_models import configured_statistics, load_timm
+
+_RUN_ENCODER = "encoder.safetensors"
+_SUFFIXES = re.compile(r"(\.(pth|pt|bin|ckpt|tar|safetensors))+$")
+
+
+def load(
+    spec: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    heads: int | None = None,
+    **options: Any,
+) -> Model:
+    """Load a model from a spec: "path/to/file", "run:DIR", "timm:NAME" or "init:NAME".
+
+    Options follow the source in the spec ("mae.pth,heads=12,branch=ema,size=224") or come as
+    keywords, which win. `heads`, `branch` (which encoder of a file that holds several) and `eps`
+    (of LayerNorm) are for files; `seed` is for init; `size`, `mean` and `std` are for all.
+    The name defaults to the file's, the run's or the architecture's.
+
+    Raises SourceError for a spec that names nothing loadable, CheckpointError for a file that
+    cannot be read or does not fill a Vision Transformer, and CaptureError for a timm model that is
+    no plain Vision Transformer. Nothing in a checkpoint file is executed.
+    """
+    parsed = parse_spec(os.fspath(spec), heads=heads, **options)
+    if parsed.kind in ("timm", "init"):
+        return load_timm(parsed, name)
+    path = Path(parsed.target)
+    if parsed.kind == "run":
+        name = name or path.resolve().name
+        path /= _RUN_ENCODER
+        if not path.is_file():
+            raise SourceError(
+                f"'{parsed.target}' is not a finished run of vitprobe pretrain: it holds no "
+                f"{_RUN_ENCODER}."
+            )
+    return _load_file(path, parsed, name or _SUFFIXES.sub("", path.name))
+
+
+def wrap(
+    module: nn.Module,
+    *,
+    name: str,
+    input_size: tuple[int, int, int] | None = None,
+    mean: float | Iterable[float] | None = None,
+    std: float | Iterable[float] | None = None,
+) -> Model:
+    """Describe a live module of timm's VisionTransformer kind, so that it can be compared.
+
+    The module itself is kept, not a copy: it is put in eval mode and otherwise left as it is, on
+    its own device. `input_size` is (channels, height, width), by default what its patch embedding
+    names; `mean` and `std` default to its `pretrained_cfg`, else to ImageNet's, as assumed.
+
+    Raises CaptureError, naming what was not found, for a module that cannot be probed.
+    """
+    if not isinstance(module, nn.Module):
+        raise CaptureError(
+            f"wrap takes a torch.nn.Module, not {type(module).__name__}; load takes a spec."
+        )
+    module.eval()
+    input_size = input_size or find_input_size(module)
+    anatomy = find_anatomy(module, input_size)
+    configured = configured_statistics(module, input_size[0])
+    given = {
+        option: None if values is None else read_option(option, values, f"wrap of '{name}'")
+        for option, values in (("mean", mean), ("std", std))
+    }
+    facts = {
+        **module_facts(module, anatomy, "module"),
+        **statistics_facts(
+            input_size[0],
+            mean=[("user", given["mean"]), ("timm", configured[0])],
+            std=[("user", given["std"]), ("timm", configured[1])],
+        ),
+    }
+    return Model(
+        name=name,
+        module=module,
+        spec="module",
+        input_size=input_size,
+        mean=facts["mean"].value,
+        std=facts["std"].value,
+        anatomy=anatomy,
+        facts=facts,
+    )
+
+
+def _load_file(path: Path, spec: ModelSpec, name: str) -> Model:
+    file = read_checkpoint(path)
+    described = _own_metadata(file)
+    settings = saved_settings(file.content)
+    choice = choose_branch(path, file.content, settings, spec.options.get("branch"))
+    tensors = encoder_tensors(choice)
+    architecture = infer_architecture(
+        path,
+        tensors,
+        Evidence(spec.options, described.get("architecture", {}), settings, choice.dialect),
+    )
+    module = _build(path, architecture)
+    report = fill(path, module, architecture, choice, "vitprobe" if described else None)
+    input_size = (architecture.arguments["in_chans"], *architecture.arguments["img_size"])
+    channels = input_size[0]
+    mean, std = (
+        [
+            ("user", spec.options.get(key)),
+            ("config", described.get(key)),
+            ("args", _numbers(settings.get(key), channels)),
+        ]
+        for key in ("mean", "std")
+    )
+    facts = {**architecture.facts, **statistics_facts(channels, mean, std)}
+    training = {
+        key: value for key, value in described.items() if key not in ("architecture", "mean", "std")
+    }
+    return Model(
+        name=name,
+        module=module,
+        spec=spec.text,
+        input_size=input_size,
+        mean=facts["mean"].value,
+        std=facts["std"].value,
+        anatomy=find_anatomy(module, input_size),
+        facts=facts,
+        report=report,
+        sha256=file.sha256,
+        training=training or None,
+    )
+
+
+def _own_metadata(file: CheckpointFile) -> dict[str, Any]:
+    """What `vitprobe pretrain` wrote beside its weights; empty for any other file."""
+    if "vitprobe" not in file.metadata:
+        return {}
+    try:
+        described = json.loads(file.metadata["vitprobe"])
+        described["architecture"]["num_heads"]
+    except (ValueError, TypeError, LookupError):
+        raise CheckpointError(
+            f"The metadata of '{file.path}' are damaged: they do not describe its architecture."
+        ) from None
+    return described
+
+
+def _numbers(value: Any, channels: int) -> list[float] | None:
+    """A saved mean or std, if it is one number a channel."""
+    fits = isinstance(value, list | tuple) and len(value) == channels
+    return list(value) if fits and all(isinstance(number, float) for number in value) else None
+
+
+def _build(path: Path, architecture: Architecture) -> VisionTransformer:
+    try:
+        return architecture.build().eval().requires_grad_(False)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"The tensors of '{path}' describe no Vision Transformer that timm can build: "
+            f"{(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        ) from error

@@ -1,0 +1,173 @@
+"""A loaded model together with all that is known of it, and from where."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+from vitprobe.errors import SourceError
+from vitprobe.models.anatomy import Anatomy
+
+ASSUMED = "assumed"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One architectural fact and where it came from.
+
+    evidence: "tensor shape", "config", "args", "user", "timm", "module" or "assumed".
+    note: what the evidence says in detail, such as the convention behind an assumption.
+    """
+
+    value: Any
+    evidence: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """How a checkpoint file filled the model.
+
+    dialect: who writes files of this shape ("timm", "mae", "moco_v3", …).
+    matched, missing: parameters of the model that the file holds, or lacks.
+    unexpected: keys of the file that nothing is known about; none of them belongs to the encoder.
+    ignored: keys known not to belong to it (decoder, projector, the other branch, …).
+    branch: which of several encoders in the file this is, None where there is one.
+    loaded_fraction: share of the encoder's parameters, by element, that came from the file.
+    """
+
+    dialect: str
+    matched: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    ignored: tuple[str, ...]
+    branch: str | None
+    loaded_fraction: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-able values."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
+
+
+@dataclass
+class Model:
+    """A runnable model and its description.
+
+    module: in eval mode. Loaded models are on the CPU, in fp32, without gradients; a wrapped
+        module keeps its own device, dtype and gradients.
+    spec: the text it was loaded from, or "module" for a wrapped one.
+    input_size: (channels, height, width).
+    mean, std: per channel, of images in [0, 1].
+    report: how the checkpoint file filled the model; None where there was no file.
+    sha256: of the checkpoint file.
+    training: method, recipe, seed, … where the file says how it was trained.
+    """
+
+    name: str
+    module: nn.Module
+    spec: str
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    anatomy: Anatomy
+    facts: dict[str, Fact]
+    report: LoadReport | None = None
+    sha256: str | None = None
+    training: dict[str, Any] | None = None
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Images in [0, 1], (b, c, h, w), as this model was trained to see them."""
+        mean, std = (
+            torch.tensor(values, dtype=images.dtype, device=images.device).view(-1, 1, 1)
+            for values in (self.mean, self.std)
+        )
+        return (images - mean) / std
+
+    def describe(self) -> dict[str, Any]:
+        """All that is known of the model, as JSON-able values."""
+        return {
+            "name": self.name,
+            "spec": self.spec,
+            "dialect": self.report.dialect if self.report else None,
+            "parameters": sum(parameter.numel() for parameter in self.module.parameters()),
+            "input_size": list(self.input_size),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "facts": {
+                name: {key: value for key, value in asdict(fact).items() if value != ""}
+                for name, fact in self.facts.items()
+            },
+            "assumed": [name for name, fact in self.facts.items() if fact.evidence == ASSUMED],
+            "report": self.report.to_dict() if self.report else None,
+            "nonfinite": [
+                name
+                for name, parameter in self.module.named_parameters()
+                if not torch.isfinite(parameter).all()
+            ],
+            "training": self.training,
+            "sha256": self.sha256,
+        }
+
+
+Claims = Sequence[tuple[str, Sequence[float] | None]]
+
+
+def statistics_facts(channels: int, mean: Claims, std: Claims) -> dict[str, Fact]:
+    """The facts "mean" and "std" for images of this many channels.
+
+    mean, std: (evidence, values) of each source, the strongest first; None where it is silent.
+    A single value stands for all channels. Where every source is silent the values are ImageNet's,
+    and for other than 3 channels the average of ImageNet's three, evidence "assumed".
+
+    Raises SourceError where a source gives a number of values that does not fit the channels.
+    """
+    return {
+        "mean": _statistic("mean", channels, mean, IMAGENET_DEFAULT_MEAN),
+        "std": _statistic("std", channels, std, IMAGENET_DEFAULT_STD),
+    }
+
+
+def _statistic(name: str, channels: int, claims: Claims, imagenet: Sequence[float]) -> Fact:
+    for evidence, values in claims:
+        if values is None:
+            continue
+        if len(values) not in (1, channels):
+            raise SourceError(
+                f"{name}={'/'.join(map(str, values))} gives {len(values)} values for images of "
+                f"{channels} channel{'s' * (channels > 1)}."
+            )
+        repeats = channels if len(values) == 1 else 1
+        return Fact(tuple(float(value) for value in values) * repeats, evidence)
+    if channels == 3:
+        return Fact(tuple(imagenet), ASSUMED, "ImageNet's")
+    return Fact((round(sum(imagenet) / 3, 4),) * channels, ASSUMED, "average of ImageNet's")
+
+
+def module_facts(module: nn.Module, anatomy: Anatomy, evidence: str) -> dict[str, Fact]:
+    """What a live module says of itself, all under one kind of evidence."""
+    block = module.get_submodule(anatomy.blocks[0])
+    mlp = getattr(block, "mlp", None)
+    hidden = getattr(getattr(mlp, "fc1", None), "out_features", None)
+    activation = getattr(mlp, "act", None)
+    norm = getattr(block, "norm1", None)
+    values = {
+        "width": anatomy.width,
+        "depth": len(anatomy.blocks),
+        "heads": anatomy.heads[0] if len(set(anatomy.heads)) == 1 else anatomy.heads,
+        "patch_size": anatomy.patch_size,
+        "grid": anatomy.grid,
+        "prefix_tokens": anatomy.prefix_tokens,
+        "mlp_ratio": hidden / anatomy.width if hidden else None,
+        "norm_eps": getattr(norm, "eps", None),
+        "activation": type(activation).__name__ if activation is not None else None,
+        "final_norm": anatomy.final_norm,
+    }
+    return {name: Fact(value, evidence) for name, value in values.items() if value is not None}
