@@ -249,8 +249,9 @@ def _parse(args: Sequence[str] | None) -> Any:
 
 
 def _unboxed(text: str) -> str:
-    lines = [re.sub(r"^[│╭╰]|[│╮╯]$", "", line.strip()).strip() for line in text.splitlines()]
-    sections = re.split(r"^─.*─$", "\n".join(lines), flags=re.MULTILINE)
+    # Boxes are drawn in ASCII where the terminal speaks no UTF-8.
+    lines = [re.sub(r"^[│|╭╰+]|[│|╮╯+]$", "", line.strip()).strip() for line in text.splitlines()]
+    sections = re.split(r"^[─-].*[─-]$", "\n".join(lines), flags=re.MULTILINE)
     kept = [_one_line(section) for section in sections if "Argument helptext" not in section]
     return "; ".join(section.rstrip(".:") for section in kept if section)
 

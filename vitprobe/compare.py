@@ -257,14 +257,14 @@ class _Run:
             return result
 
         def on_attention(chunk: AttentionChunk) -> None:
-            # A nan in q or k makes whole rows nan; -inf alone is a masked key.
-            if chunk.log_p.isnan().any():
-                raise MeasureError(
-                    f"model '{model.name}' gives NaN attention in layer {chunk.layer}, block "
-                    f"{number} of the images; check its weights with 'vitprobe inspect'"
-                )
             for measure in self.attention[model.name]:
-                measure.update(chunk)
+                try:
+                    measure.update(chunk)
+                except MeasureError as error:
+                    raise MeasureError(
+                        f"model '{model.name}', block {number} of the images: {error}; check its "
+                        "weights with 'vitprobe inspect'"
+                    ) from error
             self.samples[model.name].update(chunk)
 
         recorder = Recorder(

@@ -117,6 +117,14 @@ def test_rows_without_mass_on_patches_are_left_out():
     assert streamed.mean[0, 0] == pytest.approx(float(distance[0, 0]), rel=1e-6)
 
 
+@pytest.mark.parametrize("name", STREAMING)
+def test_nan_is_not_an_undefined_row(name):
+    attention = maps()
+    attention[0, 0, 2] = torch.nan
+    with pytest.raises(MeasureError, match="attention is NaN in layer 0"):
+        stream(name, chunks(attention, 1, (3, 4)))
+
+
 def test_positions_generalise_the_grid():
     attention = maps()
     centres = grid_positions((3, 4), 16)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from vitprobe.models import Fact, load
 
@@ -47,3 +48,23 @@ def test_fashion_mnist_accuracy(shared: Path, heads: int, lowest: float, highest
     with torch.no_grad():
         logits = model.module(model.normalize(torch.from_numpy(pixels / np.float32(255))))
     assert lowest < float((logits.argmax(1) == labels).float().mean()) < highest
+
+
+def test_init_of_a_file_takes_the_architecture_and_draws_the_weights(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    module = VisionTransformer(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3)
+    torch.save(module.state_dict(), tmp_path / "vit.pth")
+    before = torch.get_rng_state()
+    spec = f"init:{tmp_path / 'vit.pth'},heads=3"
+    random, again, other = load(spec), load(spec), load(spec, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    weights = [model.module.blocks[0].attn.qkv.weight for model in (random, again, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert not torch.equal(weights[0], module.blocks[0].attn.qkv.weight)
+    assert 0.01 < float(weights[0].std()) < 0.03  # timm's truncated normal of deviation 0.02
+    assert random.name == "init:vit"
+    assert random.report is None
+    assert random.sha256 is None
+    assert random.facts["heads"].value == 3
+    assert random.facts["position_embedding"].value == "random"

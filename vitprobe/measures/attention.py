@@ -256,12 +256,14 @@ class AttentionMeasure(Measure):
         """Add the rows of one chunk.
 
         Raises:
-            MeasureError: the attention is not finite (a nan or an infinity in the model).
+            MeasureError: the attention itself holds nan, which is no undefined row.
         """
         rows = self.rows(chunk)
         if rows.shape[-1] == 0:
             return
         defined = ~rows.isnan()
+        if not defined.all() and chunk.log_p.isnan().any():
+            raise MeasureError(f"attention is NaN in layer {chunk.layer}")
         new = [
             rows.nan_to_num(0).sum(-1, dtype=torch.float64).cpu(),
             defined.sum(-1).cpu(),

@@ -17,6 +17,7 @@ n_b (n_b - 3).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Self
 
@@ -38,7 +39,7 @@ def centered_gram(features: Tensor) -> Tensor:
     Centring first keeps single precision accurate when features share a large mean: an uncentred
     float32 Gram of features with mean 100 and deviation 1 has lost the deviation's digits.
 
-    Features whose spread over the images is below the rounding of their own size (such as the
+    Features whose spread over the images is below the rounding of the mean they share (such as the
     class token before the first block) are constant: their Gram is exactly zero.
 
     Args:
@@ -49,12 +50,13 @@ def centered_gram(features: Tensor) -> Tensor:
     """
     x = features.flatten(1)
     x = x if x.dtype == torch.float64 else x.float()
-    size = torch.linalg.vector_norm(x, dtype=torch.float64)
-    x = x - x.mean(0, keepdim=True)
-    spread = torch.linalg.vector_norm(x, dtype=torch.float64)
-    if spread <= 4 * torch.finfo(x.dtype).eps * size:
-        return x.new_zeros(len(x), len(x))
-    return x @ x.T
+    mean = x.mean(0)
+    x = x - mean
+    gram = x @ x.T
+    shared = math.sqrt(len(x)) * torch.linalg.vector_norm(mean)
+    if gram.trace().sqrt() <= 4 * torch.finfo(x.dtype).eps * shared:
+        return torch.zeros_like(gram)
+    return gram
 
 
 def rbf_gram(features: Tensor, bandwidth: Literal["median"] | float = "median") -> Tensor:

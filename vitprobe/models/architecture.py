@@ -81,11 +81,15 @@ class Architecture:
     grid: tuple[int, int]
     facts: dict[str, Fact]
 
-    def build(self) -> VisionTransformer:
-        """timm's module with arbitrary weights, to be filled; the global RNG stays as it is."""
+    def build(self, seed: int | None = None) -> VisionTransformer:
+        """timm's module with its initialisation under `seed`, or with arbitrary weights, to be
+        filled. The global random state stays as it is."""
         build = VisionTransformerDistilled if self.distilled else VisionTransformer
         with torch.random.fork_rng(devices=[]):
-            return build(**self.arguments, weight_init="skip")
+            if seed is None:
+                return build(**self.arguments, weight_init="skip")
+            torch.default_generator.manual_seed(seed)
+            return build(**self.arguments)
 
     def fit_positions(self, pos_embed: Tensor) -> Tensor:
         """Position embeddings (1, tokens, width) for `grid`, resized bicubic and antialiased."""

@@ -18,7 +18,7 @@ from vitprobe.models.architecture import Architecture, Evidence, infer_architect
 from vitprobe.models.branches import choose_branch, saved_settings
 from vitprobe.models.checkpoint import CheckpointFile, read_checkpoint
 from vitprobe.models.filling import encoder_tensors, fill
-from vitprobe.models.model import Model, module_facts, statistics_facts
+from vitprobe.models.model import Fact, Model, module_facts, statistics_facts
 from vitprobe.models.sources import ModelSpec, parse_spec, read_option
 from vitprobe.models.timm_models import configured_statistics, load_timm
 
@@ -33,7 +33,9 @@ def load(
     heads: int | None = None,
     **options: Any,
 ) -> Model:
-    """Load a model from a spec: "path/to/file", "run:DIR", "timm:NAME" or "init:NAME".
+    """Load a model from a spec: "path/to/file", "run:DIR", "timm:NAME", "init:NAME".
+
+    "init:path/to/file" takes only the architecture from a checkpoint file and draws the weights.
 
     Options follow the source in the spec ("mae.pth,heads=12,branch=ema,size=224") or come as
     keywords, which win. `heads`, `branch` (which encoder of a file that holds several) and `eps`
@@ -56,7 +58,10 @@ def load(
                 f"'{parsed.target}' is not a finished run of vitprobe pretrain: it holds no "
                 f"{_RUN_ENCODER}."
             )
-    return _load_file(path, parsed, name or _SUFFIXES.sub("", path.name))
+    stem = _SUFFIXES.sub("", path.name)
+    return _load_file(
+        path, parsed, name or (f"init:{stem}" if parsed.kind == "init_file" else stem)
+    )
 
 
 def wrap(
@@ -118,8 +123,8 @@ def _load_file(path: Path, spec: ModelSpec, name: str) -> Model:
         tensors,
         Evidence(spec.options, described.get("architecture", {}), settings, choice.dialect),
     )
-    module = _build(path, architecture)
-    report = fill(path, module, architecture, choice, "vitprobe" if described else None)
+    fresh = spec.kind == "init_file"
+    module = _build(path, architecture, spec.options.get("seed", 0) if fresh else None)
     input_size = (architecture.arguments["in_chans"], *architecture.arguments["img_size"])
     channels = input_size[0]
     mean, std = (
@@ -131,9 +136,12 @@ def _load_file(path: Path, spec: ModelSpec, name: str) -> Model:
         for key in ("mean", "std")
     )
     facts = {**architecture.facts, **statistics_facts(channels, mean, std)}
-    training = {
-        key: value for key, value in described.items() if key not in ("architecture", "mean", "std")
-    }
+    if fresh:
+        facts["position_embedding"] = Fact("random", "timm")
+        report = sha256 = training = None
+    else:
+        report = fill(path, module, architecture, choice, "vitprobe" if described else None)
+        sha256, training = file.sha256, _training(described)
     return Model(
         name=name,
         module=module,
@@ -144,9 +152,15 @@ def _load_file(path: Path, spec: ModelSpec, name: str) -> Model:
         anatomy=find_anatomy(module, input_size),
         facts=facts,
         report=report,
-        sha256=file.sha256,
-        training=training or None,
+        sha256=sha256,
+        training=training,
     )
+
+
+def _training(described: dict[str, Any]) -> dict[str, Any] | None:
+    """How the encoder was trained, of what `vitprobe pretrain` wrote beside its weights."""
+    about = ("architecture", "mean", "std")
+    return {key: value for key, value in described.items() if key not in about} or None
 
 
 def _own_metadata(file: CheckpointFile) -> dict[str, Any]:
@@ -169,9 +183,9 @@ def _numbers(value: Any, channels: int) -> list[float] | None:
     return list(value) if fits and all(isinstance(number, float) for number in value) else None
 
 
-def _build(path: Path, architecture: Architecture) -> VisionTransformer:
+def _build(path: Path, architecture: Architecture, seed: int | None) -> VisionTransformer:
     try:
-        return architecture.build().eval().requires_grad_(False)
+        return architecture.build(seed).eval().requires_grad_(False)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"The tensors of '{path}' describe no Vision Transformer that timm can build: "

@@ -5,7 +5,7 @@ A spec is `SOURCE[,option=value…]`, where SOURCE is one of
 - `path/to/checkpoint`: a file in any dialect of `vitprobe.models.formats`
 - `run:DIR`: the encoder that `vitprobe pretrain` left in DIR
 - `timm:NAME`: a timm model with its published weights
-- `init:NAME`: the same architecture with random weights
+- `init:NAME` or `init:path/to/checkpoint`: the same architecture with random weights
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from typing import Any
 from vitprobe.errors import SourceError, suggest
 
 _LATER = ("hf", "torchvision")
-_KINDS = ("file", "run", "timm", "init")
+_PREFIXES = ("file", "run", "timm", "init")
+# Of a file: its architecture is read and its weights are not.
+_FILES = ("file", "run", "init_file")
+_KINDS = (*_PREFIXES, "init_file")
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     """Where a model comes from.
 
-    kind: "file", "run", "timm" or "init".
+    kind: "file", "run", "timm", "init" (of a timm name) or "init_file" (of a checkpoint's).
     target: path of a file or run directory, or a timm model name.
     options: validated values of the options that were given (`OPTIONS` lists them).
     text: the spec as it was written.
@@ -50,6 +53,8 @@ def parse_spec(text: str, **options: Any) -> ModelSpec:
     text = text.strip()
     target, *pieces = [text] if Path(text).is_file() else text.split(",")
     kind, target = _split_kind(target.strip(), text)
+    if kind == "init" and Path(target).is_file():
+        kind = "init_file"
     given = dict(_split_option(piece, text) for piece in pieces)
     given.update((name, value) for name, value in options.items() if value is not None)
     return ModelSpec(kind, target, _validate(kind, given, text), text)
@@ -62,12 +67,12 @@ def _split_kind(source: str, text: str) -> tuple[str, str]:
             f"'{prefix}:' in '{text}' is not supported yet; give a timm model or a checkpoint file."
         )
     # A Windows drive is one letter, and a path may hold a colon: neither is a misspelt source.
-    if colon and prefix not in _KINDS and re.fullmatch(r"[A-Za-z]\w+", prefix):
+    if colon and prefix not in _PREFIXES and re.fullmatch(r"[A-Za-z]\w+", prefix):
         raise SourceError(
             f"'{prefix}:' in '{text}' is no source of models; use timm:NAME, init:NAME, run:DIR or "
-            f"the path of a checkpoint file.{suggest(prefix, _KINDS)}"
+            f"the path of a checkpoint file.{suggest(prefix, _PREFIXES)}"
         )
-    if not colon or prefix not in _KINDS:
+    if not colon or prefix not in _PREFIXES:
         prefix, target = "file", source
     if not target:
         raise SourceError(
@@ -176,13 +181,13 @@ class Option:
 
 
 OPTIONS = {
-    "heads": Option(_count, "a number of attention heads (an integer above 0)", ("file", "run")),
-    "branch": Option(_name, "the name of a branch such as teacher or ema", ("file", "run")),
+    "heads": Option(_count, "a number of attention heads (an integer above 0)", _FILES),
+    "branch": Option(_name, "the name of a branch such as teacher or ema", _FILES),
     "size": Option(_size, "an input size such as 224 or 192x256 (height x width)", _KINDS),
     "mean": Option(_channels, "a number, or one a channel such as 0.48/0.45/0.40", _KINDS),
     "std": Option(
         _positive_channels, "a number above 0, or one a channel such as 0.23/0.22/0.22", _KINDS
     ),
-    "eps": Option(_positive, "a LayerNorm epsilon such as 1e-6", ("file", "run")),
-    "seed": Option(_whole, "a seed (an integer from 0)", ("init",)),
+    "eps": Option(_positive, "a LayerNorm epsilon such as 1e-6", _FILES),
+    "seed": Option(_whole, "a seed (an integer from 0)", ("init", "init_file")),
 }

@@ -1,0 +1,281 @@
+"""The report's folder and page: whole, self-contained, readable, refused where it must be."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from plots.synthetic import Subject, comparison
+
+from vitprobe.errors import ResultError
+from vitprobe.report import report
+from vitprobe.report.figures import file_names, inline
+from vitprobe.results import open_result
+
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """What the tests ask of a page: headings, ids, links, labels, and balanced tags."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.headings: list[int] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.sources: list[str] = []
+        self.unlabelled = 0
+        self.figures = 0
+        self.tags: set[str] = set()
+        self._open: list[str] = []
+        self.feed(text)
+        assert self._open == []
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.tags.add(tag)
+        if tag not in VOID:
+            self._open.append(tag)
+        if re.fullmatch(r"h[1-6]", tag):
+            self.headings.append(int(tag[1]))
+        if "id" in values:
+            self.ids.append(values["id"])
+        if tag == "a":
+            self.links.append(values["href"])
+        self.sources += [values[key] for key in ("src", "xlink:href", "srcset") if key in values]
+        if tag == "figure":
+            self.figures += 1
+        if tag == "svg":
+            self.unlabelled += not (values.get("role") == "img" and values.get("aria-label"))
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self._open.pop()
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def result():
+    block = np.full((5, 3), 0.4)
+    block[1, 1] = np.nan
+    return comparison(
+        {
+            "MAE <tiny>": Subject(
+                4,
+                4,
+                assumed=("heads", "mean", "std"),
+                extra={"training": {"method": "mae", "epochs": 40, "recipe": {"lr": 1}}},
+            ),
+            "small": Subject(2, 2, grid=(7, 7), patch=4, prefix=0, extra={"report": None}),
+        },
+        cka={("MAE <tiny>", "small"): block},
+        notes=("1 image could not be decoded: broken.jpg.",),
+    )
+
+
+@pytest.fixture(scope="module")
+def path(result, tmp_path_factory) -> Path:
+    return report(result, tmp_path_factory.mktemp("reports") / "out")
+
+
+@pytest.fixture(scope="module")
+def html(path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(html) -> Page:
+    return Page(html)
+
+
+def test_folder_holds_page_figures_tables_and_result(path, result):
+    out = path.parent
+    assert path.name == "report.html"
+    assert {p.name for p in out.iterdir()} == {"report.html", "figures", "tables", "results.nc"}
+    assert not list(out.parent.glob(".out.*"))
+    assert oct(out.stat().st_mode & 0o777) == "0o755"
+    stems = {p.stem for p in (out / "figures").iterdir()}
+    assert {"cka_MAE-tiny_small", "cka_all", "attention_distance_all", "sink_mass"} <= stems
+    for stem in stems:
+        assert {p.suffix for p in (out / "figures").glob(f"{stem}.*")} == {".pdf", ".svg", ".png"}
+    table = pd.read_csv(out / "tables" / "attention_distance.csv")
+    assert len(table) == 4 * 4 + 2 * 2
+    assert (out / "tables" / "first_direction_share.csv").is_file()
+    assert open_result(out / "results.nc").models == result.models
+
+
+def test_page_loads_nothing_and_runs_nothing(page, html):
+    assert page.sources == []
+    assert not page.tags & {"script", "link", "iframe", "img", "image"}
+    assert not re.search(r"url\((?!#)", html)
+    assert not [link for link in page.links if "//" in link]
+
+
+def test_links_lead_somewhere(page, path):
+    for link in page.links:
+        if link.startswith("#"):
+            assert link[1:] in page.ids
+        else:
+            assert (path.parent / link).is_file()
+
+
+def test_ids_are_unique_and_references_resolve(page, html):
+    assert len(page.ids) == len(set(page.ids))
+    references = set(re.findall(r"url\(#([^)]+)\)", html)) | set(
+        re.findall(r'href="#([^"]+)"', html)
+    )
+    assert references <= set(page.ids)
+
+
+def test_headings_descend_one_step_at_a_time(page):
+    assert page.headings[0] == 1
+    assert page.headings.count(1) == 1
+    assert all(b - a <= 1 for a, b in zip(page.headings, page.headings[1:], strict=False))
+
+
+def test_every_figure_has_a_label(page):
+    # One pair, two models alone, shares, three overlays, three measures for each of two models.
+    assert page.figures == 1 + 2 + 1 + 3 + 6
+    assert page.unlabelled == 0
+
+
+def test_page_says_what_a_reader_needs(html):
+    for text in (
+        "MAE &lt;tiny&gt;",
+        "heads (4), mean (0.485 / 0.456 / 0.406) and std",
+        '<tr class="assumed"><th scope="row">heads</th>',
+        "a3" * 32,
+        "9f" * 32,
+        "1 image could not be decoded: broken.jpg.",
+        "1 of 15 layer pairs is undefined",
+        "relative to uniform attention",
+        "A Closer Look at Self-Supervised Lightweight Vision Transformers",
+        "@software{vitprobe",
+        "trained by vitprobe: method mae, epochs 40",
+        "HSIC(K, L)",
+        "5 January 2026",
+    ):
+        assert text in html, text
+    assert "<tiny>" not in html
+
+
+def test_page_is_light_in_both_senses(html, path):
+    assert path.stat().st_size < 600_000
+    assert "prefers-color-scheme: dark" in html
+    assert "@media print" in html
+    assert "#24292f" not in html.split("</style>", 1)[1]
+
+
+@pytest.mark.slow
+def test_five_models_stay_below_three_megabytes(tmp_path):
+    subjects = {f"model {i}": Subject(12, 12) for i in range(5)}
+    result = comparison(subjects, images=8, measures=("cka", "attention_distance", "sink_mass"))
+    assert report(result, tmp_path / "out").stat().st_size < 3_000_000
+
+
+@pytest.mark.parametrize("measures", [("cka",), ("attention_entropy", "sink_mass")])
+def test_any_subset_of_measures_makes_a_page(measures, tmp_path):
+    result = comparison({"A": Subject(2)}, measures=measures)
+    page = Page(report(result, tmp_path / "out").read_text(encoding="utf-8"))
+    assert ("similarity" in page.ids) == ("cka" in measures)
+    assert ("attention" in page.ids) == ("cka" not in measures)
+
+
+def test_the_same_result_gives_the_same_files(tmp_path):
+    result = comparison({"A": Subject(2)}, measures=("cka",))
+    for name in ("one", "two"):
+        report(result, tmp_path / name)
+    for file in (tmp_path / "one").rglob("*"):
+        if file.suffix in {".html", ".pdf", ".svg", ".csv"}:
+            assert (
+                file.read_bytes()
+                == (tmp_path / "two" / file.relative_to(tmp_path / "one")).read_bytes()
+            )
+
+
+def small() -> object:
+    return comparison({"A": Subject(1, 1)}, measures=("attention_entropy",), images=4)
+
+
+def test_existing_folder_is_refused_and_force_replaces_only_a_report(tmp_path):
+    out = tmp_path / "out"
+    report(small(), out)
+    (out / "figures" / "stale.pdf").write_text("old")
+    (out / "mine.txt").write_text("keep")
+    with pytest.raises(ResultError, match=r"out' exists"):
+        report(small(), out)
+    report(small(), out, force=True)
+    assert (out / "mine.txt").read_text() == "keep"
+    assert not (out / "figures" / "stale.pdf").exists()
+
+
+def test_force_never_replaces_other_folders_or_files(tmp_path):
+    (tmp_path / "figures").mkdir()
+    with pytest.raises(ResultError, match="no vitprobe report"):
+        report(small(), tmp_path, force=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResultError, match="is no folder"):
+        report(small(), tmp_path / "file", force=True)
+    (tmp_path / "empty").mkdir()
+    assert report(small(), tmp_path / "empty", force=True).is_file()
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys.modules["vitprobe.report.folder"], "render", fail)
+    with pytest.raises(ResultError, match="No space left on device"):
+        report(small(), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_no_permission_is_one_sentence(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ResultError, match="Permission denied"):
+        report(small(), tmp_path / "out")
+
+
+def test_parent_that_is_a_file_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResultError, match="cannot write"):
+        report(small(), tmp_path / "file" / "out")
+
+
+def test_report_changes_no_global_style(tmp_path):
+    before = dict(mpl.rcParams)
+    report(small(), tmp_path / "out")
+    assert dict(mpl.rcParams) == before
+
+
+def test_file_names_are_safe_and_different():
+    names = file_names(("a/b", "a b", "A-B", "../x", "日本"))
+    assert names["a/b"] == "a-b"
+    assert len({name.lower() for name in names.values()}) == 5
+    assert all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", name) for name in names.values())
+
+
+def test_inline_svg_gets_ids_of_its_own():
+    svg = (
+        '<?xml version="1.0"?>\n<svg width="9pt" viewBox="0 0 9 9" version="1.1">\n<metadata>x'
+        '</metadata><defs><style>*{}</style></defs><defs><path id="m1"/></defs>'
+        '<g clip-path="url(#c1)"><use xlink:href="#m1" x="1.23456" style="fill: #24292f"/></g>'
+        '<clipPath id="c1"/></svg>'
+    )
+    found = inline(svg, prefix="f", label='a "label"')
+    assert found == (
+        '<svg role="img" aria-label="a &#34;label&#34;" viewBox="0 0 9 9"><defs></defs><defs>'
+        '<path id="f-m1"/></defs><g clip-path="url(#f-c1)"><use href="#f-m1" x="1.23" '
+        'style="fill: var(--figure-ink)"/></g><clipPath id="f-c1"/></svg>'
+    )

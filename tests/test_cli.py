@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from models_for_tests import squares, tiny
+from PIL import Image
+
+from vitprobe import cli
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, image in enumerate((squares(12) * 255).to(torch.uint8)):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:02}.png")
+    return folder
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    path = tmp_path / "tiny.pth"
+    torch.save({"model": tiny().module.state_dict()}, path)
+    return path
+
+
+@pytest.fixture
+def run(tmp_path, capsys, monkeypatch):
+    """Run a command in-process: (status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments):
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit) as stop:
+                cli.main([str(argument) for argument in arguments])
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        captured = capsys.readouterr()
+        return stop.value.code, captured.out, captured.err
+
+    return command
+
+
+def left_behind(tmp_path):
+    return sorted(p.name for p in tmp_path.iterdir() if p.name not in ("photos", "tiny.pth"))
+
+
+def test_compare_writes_a_report_and_prints_its_path_alone(run, checkpoint, photos, tmp_path):
+    status, out, err = run(
+        "compare",
+        f"A={checkpoint},heads=3",
+        f"B=init:{checkpoint},seed=1,heads=3",
+        *("--images", photos, "--out", "out", "--limit", 10),
+    )
+    assert (status, out) == (0, "out/report.html\n"), err
+    assert {"report.html", "results.nc", "figures", "tables"} <= set(os.listdir(tmp_path / "out"))
+    assert left_behind(tmp_path) == ["out"]
+    status, out, err = run("report", "out/results.nc", "--out", "again")
+    assert (status, out) == (0, "again/report.html\n")
+    status, _, err = run("report", "out/results.nc", "--out", "again")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "'again' exists" in err
+    assert run("report", "out/results.nc", "--out", "again", "--force")[0] == 0
+
+
+def test_models_from_a_file(run, checkpoint, photos, tmp_path):
+    with_comma = tmp_path / "a,b.pth"
+    checkpoint.rename(with_comma)
+    (tmp_path / "models.toml").write_text(f'[One]\nspec = "{with_comma}"\nheads = 3\n')
+    status, out, err = run(
+        "compare", "--models", "models.toml", "--images", photos, "--out", "out", "--dry-run"
+    )
+    assert status == 0, err
+    assert re.search(r"12 images through 1 models once", out)
+    assert "One: 3 blocks, input 3x32x32" in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_inspect(run, checkpoint):
+    status, out, _ = run("inspect", f"{checkpoint},heads=3")
+    assert status == 0
+    assert "heads" in out
+    assert "user" in out
+
+
+def poison(path):
+    class Payload:
+        def __reduce__(self):
+            return os.system, (f"touch {path.parent / 'executed'}",)
+
+    torch.save({"model": Payload()}, path)
+
+
+def resnet(path):
+    names = ("conv1.weight", "layer1.0.conv1.weight", "fc.weight")
+    torch.save({name: torch.zeros(4, 4, 3, 3) for name in names}, path)
+
+
+def nan(path):
+    state = tiny().module.state_dict()
+    state["blocks.1.norm1.weight"][0] = float("nan")
+    torch.save({"model": state}, path)
+
+
+def truncated(path):
+    torch.save(tiny().module.state_dict(), path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "bad.pth"),
+        (lambda path: path.write_text("hello"), "bad.pth"),
+        (lambda path: path.write_bytes(b""), "bad.pth"),
+        (truncated, "bad.pth"),
+        (poison, "bad.pth"),
+        (resnet, "bad.pth"),
+        (nan, r"'A' gives NaN or infinite features in layer 1, block 0"),
+    ],
+    ids=["missing", "text", "empty", "truncated", "payload", "resnet", "nan"],
+)
+def test_bad_checkpoints(run, photos, tmp_path, checkpoint, make, message):
+    make(tmp_path / "bad.pth")
+    status, out, err = run(
+        "compare",
+        "A=bad.pth,heads=3",
+        f"B={checkpoint},heads=3",
+        "--images",
+        photos,
+        "--out",
+        "out",
+    )
+    lines = [line for line in err.splitlines() if line.startswith("vitprobe:")]
+    assert (status, out, len(lines)) == (2, "", 1)
+    assert re.search(message, lines[0])
+    assert set(left_behind(tmp_path)) <= {"bad.pth"}
+    assert not (tmp_path / "executed").exists()
+
+
+def empty_folder(tmp_path):
+    (tmp_path / "none").mkdir()
+
+
+def broken_images(tmp_path):
+    (tmp_path / "none").mkdir()
+    for i in range(5):
+        (tmp_path / "none" / f"{i}.jpg").write_bytes(b"no")
+
+
+def three_images(tmp_path):
+    (tmp_path / "none").mkdir()
+    for i in range(3):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "none" / f"{i}.png")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda tmp_path: None, "no images at 'none'"),
+        (empty_folder, "'none' holds no image files"),
+        (broken_images, r"none of the images in 'none' can be decoded"),
+        (three_images, "'none' gives 3 images .* needs at least 4"),
+    ],
+    ids=["missing", "empty", "undecodable", "few"],
+)
+def test_bad_images(run, tmp_path, checkpoint, make, message):
+    make(tmp_path)
+    status, _, err = run("compare", f"{checkpoint},heads=3", "--images", "none", "--out", "out")
+    assert status == 2
+    assert re.search(message, err)
+    assert set(left_behind(tmp_path)) <= {"none"}
+
+
+def test_some_undecodable_images_are_counted_named_and_replaced(run, photos, checkpoint, tmp_path):
+    (photos / "05.png").write_bytes(b"no")
+    status, _, err = run("compare", f"{checkpoint},heads=3", "--images", photos, "--out", "out")
+    assert status == 0
+    assert "1 images could not be decoded" in err
+    assert "05.png" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["A={c}", "A={c}", "--images", "photos", "--out", "out"], "two models are named 'A'"),
+        (["A=timm:vit_tiny_patch16_242", "--images", "photos", "--out", "out"], "Did you mean"),
+        (["A=nowhere:x", "--images", "photos", "--out", "out"], "nowhere:x"),
+        (["A={c},head=3", "--images", "photos", "--out", "out"], "Did you mean 'heads'"),
+        (["--images", "photos", "--out", "out"], "no models to compare"),
+        (["=x", "--images", "photos", "--out", "out"], "no NAME=SPEC"),
+        (["{c}", "--images", "photos", "--out", "photos"], "'photos' exists"),
+        (
+            ["{c}", "--images", "photos", "--out", "out", "--measures", "cca"],
+            "unknown measure 'cca'",
+        ),
+        (["{c}", "--images", "photos", "--out", "tiny.pth/out"], "cannot write 'tiny.pth/out'"),
+        (["{c}", "--images", "photos"], "--out"),
+        (["{c}", "--images", "photos", "--out", "out", "--limit", "x"], "--limit"),
+        (["{c}", "--models", "no.toml", "--images", "photos", "--out", "out"], "'no.toml'"),
+    ],
+)
+def test_bad_usage(run, photos, checkpoint, tmp_path, arguments, message):
+    filled = [argument.replace("{c}", f"{checkpoint},heads=3") for argument in arguments]
+    status, out, err = run("compare", *filled)
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1, err
+    assert message in err
+    assert left_behind(tmp_path) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_no_permission(run, photos, checkpoint, tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    locked.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    status, _, err = run(
+        "compare", f"{checkpoint},heads=3", "--images", photos, "--out", "locked/out"
+    )
+    assert status == 2
+    assert "no permission to write" in err
+
+
+@pytest.mark.parametrize("command", [[], ["foo"], ["inspect"], ["pretrain", "none", "--out", "x"]])
+def test_usage_errors_are_one_line(run, command, tmp_path):
+    status, _, err = run(*command)
+    assert status == 2
+    assert err.count("\n") == 1
+    assert err.startswith("vitprobe: ")
+    assert left_behind(tmp_path) == []
+
+
+def test_help_is_immediate():
+    took = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "vitprobe", "--help"], capture_output=True, text=True
+        )
+        took.append(time.perf_counter() - start)
+        assert done.returncode == 0
+        assert "compare" in done.stdout
+    # Half a second on an idle machine; the rest is for one that tests in parallel.
+    assert min(took) < 1.5
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_leaves_nothing(tmp_path, photos, checkpoint, number, status):
+    code = (
+        "import sys, vitprobe.data.images as d, time, os, signal\n"
+        "before = d.resize\n"
+        "def slow(*a):\n    time.sleep(0.5)\n    print('decoding', flush=True)\n"
+        "    return before(*a)\n"
+        "d.resize = slow\n"
+        "from vitprobe.cli import main\n"
+        f"main(['compare', '{checkpoint},heads=3', '--images', '{photos}', '--out', 'out'])\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert b"decoding" in process.stdout.readline()
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    assert b"Traceback" not in err
+    assert left_behind(tmp_path) == []

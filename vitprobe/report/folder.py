@@ -1,0 +1,89 @@
+"""The report's folder: written whole beside its place, then moved there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vitprobe.errors import ResultError
+from vitprobe.measures.registry import ATTENTION
+from vitprobe.report.figures import draw
+from vitprobe.report.page import GENERATOR, render
+
+if TYPE_CHECKING:
+    from vitprobe.results import Comparison
+
+# The page goes last: while it is the old one, the folder is still known as a report.
+_OWN = ("figures", "tables", "results.nc", "report.html")
+
+
+def report(result: Comparison, out: str | Path, *, force: bool = False) -> Path:
+    """Write a report of `result` into the new folder `out`, all of it or nothing.
+
+    Args:
+        result: a Comparison.
+        out: folder to make. It will hold report.html (opens offline, loads nothing from a network),
+            figures/*.pdf|svg|png, tables/*.csv and results.nc.
+        force: replace an earlier report in `out`. Other files there are left alone; a folder with
+            files but no report is refused all the same.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        ResultError: `out` exists (without `force`), is something else, or cannot be written.
+    """
+    out = Path(out)
+    try:
+        _check(out, force)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".part"))
+        try:
+            # mkdtemp makes a folder for its owner alone; a report is an ordinary one.
+            part.chmod(0o755)
+            _write(result, part)
+            _move(part, out)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        raise ResultError(f"cannot write '{out}': {error.strerror or error}") from error
+    return out / "report.html"
+
+
+def _check(out: Path, force: bool) -> None:
+    if not (out.exists() or out.is_symlink()):
+        return
+    if not force:
+        raise ResultError(f"'{out}' exists; choose another folder, or force replacing its report")
+    if not out.is_dir():
+        raise ResultError(f"'{out}' is no folder; choose another")
+    page = out / "report.html"
+    earlier = page.is_file() and GENERATOR in page.read_text(encoding="utf-8", errors="replace")
+    if any(out.iterdir()) and not earlier:
+        raise ResultError(f"'{out}' holds files but no vitprobe report; choose another folder")
+
+
+def _write(result: Comparison, folder: Path) -> None:
+    attention = tuple(name for name in result.measures if name in ATTENTION)
+    pictures = draw(result, folder / "figures", attention)
+    tables = folder / "tables"
+    tables.mkdir()
+    for name in [*result.measures, *(["first_direction_share"] if pictures.shares else [])]:
+        result.to_dataframe(name).to_csv(tables / f"{name}.csv", index=False)
+    result.save(folder / "results.nc")
+    page = render(result, pictures, attention)
+    (folder / "report.html").write_text(page, encoding="utf-8")
+
+
+def _move(part: Path, out: Path) -> None:
+    if not out.exists():
+        os.replace(part, out)
+        return
+    for name in _OWN:
+        old = out / name
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)
+        os.replace(part / name, old)

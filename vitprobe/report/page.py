@@ -1,0 +1,259 @@
+"""The page of a report: what the template shows, gathered from a result."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+from markupsafe import Markup
+
+from vitprobe.measures.registry import MEASURES
+from vitprobe.plots.attention import needs_relative
+from vitprobe.plots.style import COLORS
+from vitprobe.report import findings
+from vitprobe.report.words import LEVEL, NBSP, count, join, number, percent, quantity, show
+
+if TYPE_CHECKING:
+    from vitprobe.report.figures import Pictures
+    from vitprobe.results import Comparison
+
+_HERE = Path(__file__).parent
+_READING_ORDER = (
+    "width",
+    "depth",
+    "heads",
+    "patch_size",
+    "grid",
+    "prefix_tokens",
+    "mlp_ratio",
+    "activation",
+    "norm_eps",
+    "final_norm",
+    "position_embedding",
+    "mean",
+    "std",
+)
+
+GENERATOR = '<meta name="generator" content="vitprobe">'
+"""By this line an earlier report is known."""
+
+
+def render(result: Comparison, pictures: Pictures, attention: tuple[str, ...]) -> str:
+    """The whole page as HTML text; `attention` names the attention measures it shows."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["show"] = show
+    provenance = result.provenance
+    created = datetime.fromisoformat(provenance["created"])
+    measures = [*result.measures, *(["first_direction_share"] if pictures.shares else [])]
+    relative = [MEASURES[name].title.lower() for name in attention if needs_relative(result, name)]
+    return environment.get_template("template.html").render(
+        generator=Markup(GENERATOR),
+        css=Markup((_HERE / "style.css").read_text(encoding="utf-8")),
+        title=_title(result.models),
+        lead=_lead(result),
+        created=f"{created.day} {created:%B %Y}",
+        contents=_contents(pictures),
+        summary=findings.summary(result),
+        glance=_glance(result),
+        models=[_card(result, name) for name in result.models],
+        assumed=findings.assumptions(result),
+        pictures=pictures,
+        attention=attention,
+        relative=join(relative),
+        measures={name: MEASURES[name] for name in measures},
+        settings=_settings(result, attention),
+        notes=result.notes,
+        details=_details(provenance),
+        citation=_citation(provenance["versions"].get("vitprobe"), created.year),
+    )
+
+
+def _title(models: tuple[str, ...]) -> str:
+    if len(models) == 1:
+        return f"{models[0]}, layer by layer"
+    if len(models) > 5:
+        return f"{', '.join(models[:3])} and {len(models) - 3} more"
+    return join(models)
+
+
+def _lead(result: Comparison) -> str:
+    images = result.provenance["images"]
+    subject = "One model" if len(result.models) == 1 else f"{len(result.models)} models"
+    titles = join([MEASURES[name].title for name in result.measures])
+    return f"{subject} on {count(images['count'], 'image')} from {images['source']}: {titles}."
+
+
+def _contents(pictures: Pictures) -> list[tuple[str, str]]:
+    sections = [("summary", "Summary"), ("models", "Models")]
+    if pictures.selves:
+        sections.append(("similarity", "Similarity"))
+    if pictures.heads:
+        sections.append(("attention", "Attention"))
+    return [
+        *sections,
+        ("methods", "Methods"),
+        ("notes", "Notes"),
+        ("provenance", "Provenance"),
+        ("cite", "How to cite"),
+    ]
+
+
+def _glance(result: Comparison) -> dict[str, Any]:
+    """Columns of the table of models, each a value per model."""
+    columns: dict[str, dict[str, str]] = {"Parameters": {}, "Blocks × heads": {}, "Patch grid": {}}
+    for name in result.models:
+        description = result.describe(name)
+        facts = {key: fact["value"] for key, fact in description["facts"].items()}
+        columns["Parameters"][name] = _parameters(description["parameters"])
+        columns["Blocks × heads"][name] = f"{show(facts['depth'])} × {show(facts['heads'])}"
+        columns["Patch grid"][name] = f"{NBSP}×{NBSP}".join(map(str, facts["grid"]))
+    for measure in ("attention_distance", "attention_entropy"):
+        if measure in result.measures:
+            title = f"{MEASURES[measure].title}, first to last block"
+            columns[title] = {name: _first_to_last(result, measure, name) for name in result.models}
+    if "sink_mass" in result.measures:
+        title = f"{MEASURES['sink_mass'].title}, mean"
+        columns[title] = {
+            name: percent(mean)
+            if (mean := result.sink_mass(name).mean()).notnull()
+            else "undefined"
+            for name in result.models
+        }
+    return {"columns": list(columns), "rows": list(columns.values())}
+
+
+def _first_to_last(result: Comparison, measure: str, name: str) -> str:
+    values = result.attention(measure, name)
+    by_block = values.mean("head").dropna("layer").values
+    if not len(by_block):
+        return "undefined"
+    return f"{number(by_block[0])}{NBSP}→{NBSP}{quantity(by_block[-1], values.attrs['units'])}"
+
+
+def _card(result: Comparison, name: str) -> dict[str, Any]:
+    """What a model's card shows: its description, its colour, and two lines of text."""
+    description = result.describe(name)
+    headline = _parameters(description["parameters"]) + " parameters"
+    if description["dialect"]:
+        headline += f", {description['dialect']} checkpoint"
+    training = {
+        key.replace("_", " "): value
+        for key, value in sorted(
+            (description["training"] or {}).items(), key=lambda item: (item[0] != "method", item[0])
+        )
+        if not isinstance(value, dict | list)
+    }
+    if training:
+        headline += f"; trained by vitprobe: {show(training)}"
+    return {
+        **description,
+        "facts": _facts(description["facts"]),
+        "color": result.models.index(name) % len(COLORS),
+        "headline": headline,
+        "loading": _loading(description["report"]),
+        "nonfinite": description["nonfinite"],
+    }
+
+
+def _facts(facts: dict[str, dict[str, Any]]) -> list[tuple[str, str, str, bool]]:
+    """(name, value, evidence, whether assumed) of every fact, the model's shape first."""
+    known = [key for key in _READING_ORDER if key in facts]
+    rows = []
+    for key in [*known, *sorted(facts.keys() - set(known))]:
+        value = facts[key]["value"]
+        text = " × ".join(map(show, value)) if key in ("grid", "patch_size") else show(value)
+        evidence, note = facts[key]["evidence"], facts[key].get("note")
+        source = f"{evidence}: {note}" if note else evidence
+        rows.append((key.replace("_", " "), text, source, evidence == "assumed"))
+    return rows
+
+
+def _loading(report: dict[str, Any] | None) -> str:
+    if report is None:
+        return ""
+    text = (
+        f"{percent(report['loaded_fraction'])} of the encoder's parameters came from the file: "
+        f"{count(len(report['matched']), 'tensor')} matched"
+    )
+    for key in ("missing", "unexpected", "ignored"):
+        if names := report[key]:
+            listed = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+            text += f"; {len(names)} {key} ({listed})"
+    if report["branch"]:
+        text += f"; branch {report['branch']}"
+    return f"{text}."
+
+
+def _settings(result: Comparison, attention: tuple[str, ...]) -> list[str]:
+    """How this run was made, for a methods section."""
+    provenance = result.provenance
+    sentences = []
+    if "cka" in result.measures:
+        read = {
+            "normed": "layer i is what the attention of block i reads (after its first norm), and "
+            "the last layer is the model's final norm",
+            "residual": "layer 0 is the tokens that enter block 0, and layer i the output of block "
+            "i - 1",
+        }[provenance["layers"]]
+        estimator = {
+            "unbiased": "debiased (unbiased HSIC; values below 0 are kept, not clamped)",
+            "biased": "biased",
+        }[provenance["estimator"]]
+        sentences += [
+            f"Layers ({provenance['layers']}): {read}.",
+            f"Tokens compared: {provenance['tokens']}.",
+            f"CKA is {estimator}, accumulated over blocks of {provenance['block']} images.",
+            f"Intervals of CKA are {LEVEL} and pointwise, from its influence function over images; "
+            "a layer with itself is 1 by construction and has none.",
+        ]
+    if attention:
+        sentences += [
+            "Attention is averaged over patch queries, then over images. Distance and entropy "
+            "renormalise it over patch keys, so sink mass, which this hides, stands beside them.",
+            "Differences between models are paired: the same images, an interval of their mean "
+            "difference. Models cannot be told apart when it contains 0.",
+            "First blocks are the first quarter of a model's blocks, at least one.",
+        ]
+    return [
+        *sentences,
+        f"Images: {provenance['preprocessing']}.",
+        f"Forward passes in {provenance['precision']} on {provenance['device']}.",
+    ]
+
+
+def _details(provenance: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows of the provenance table, one level of nesting opened."""
+    rows = []
+    for key, value in provenance.items():
+        if key in ("models", "notes", "preprocessing") or value in (None, [], {}):
+            continue
+        inner = value if isinstance(value, dict) and key != "versions" else {"": value}
+        rows += [
+            (f"{key} {part}".strip().replace("_", " "), show(item))
+            for part, item in inner.items()
+            if item not in (None, [], {})
+        ]
+    return rows
+
+
+def _parameters(parameters: int) -> str:
+    if parameters >= 1e6:
+        return f"{number(parameters / 1e6)} M"
+    return f"{number(parameters / 1e3)} k" if parameters >= 1e3 else str(parameters)
+
+
+def _citation(version: str | None, year: int) -> str:
+    return f"""@software{{vitprobe,
+  title   = {{vitprobe: probe and compare what Vision Transformers learned}},
+  author  = {{{{The vitprobe authors}}}},
+  version = {{{version or "unknown"}}},
+  year    = {{{year}}}
+}}"""
