@@ -182,7 +182,11 @@ def poisoned(where):
 @pytest.mark.parametrize(
     ("where", "measures", "message"),
     [
-        ("blocks.1.attn.qkv.weight", None, "'bad', block 0 of the images: attention is NaN in layer 1"),
+        (
+            "blocks.1.attn.qkv.weight",
+            None,
+            "'bad', block 0 of .*: attention is NaN in layer 1",
+        ),
         ("blocks.1.attn.qkv.weight", ["cka"], "'bad' gives NaN or infinite features in layer 2"),
         ("norm.weight", None, "'bad' gives NaN or infinite features in layer 3, block 0"),
     ],

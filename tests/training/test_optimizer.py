@@ -1,0 +1,44 @@
+"""Weight-decay groups against timm's, and refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import param_groups_weight_decay
+
+from vitprobe.errors import RecipeError
+from vitprobe.training.optimizer import OptimizerConfig, build_optimizer
+
+SETTINGS: dict[str, Any] = {
+    "lr": 1e-3, "weight_decay": 0.05, "betas": (0.9, 0.95), "warmup_epochs": 1.0,
+}  # fmt: skip
+
+
+def test_groups_are_timms() -> None:
+    model = VisionTransformer(img_size=8, patch_size=2, embed_dim=16, depth=2, num_heads=2)
+    ours = build_optimizer(model, OptimizerConfig(**SETTINGS)).param_groups
+    theirs = param_groups_weight_decay(model, 0.05, no_weight_decay_list=("cls_token", "pos_embed"))
+
+    def names(groups: list[dict[str, Any]], decay: float) -> set[int]:
+        return {id(p) for g in groups if g["weight_decay"] == decay for p in g["params"]}
+
+    for decay in (0.0, 0.05):
+        assert names(ours, decay) == names(theirs, decay)
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = VisionTransformer(img_size=8, patch_size=2, embed_dim=16, depth=1, num_heads=2)
+    model.get_parameter("pos_embed").requires_grad_(False)
+    groups = build_optimizer(model, OptimizerConfig(**SETTINGS)).param_groups
+    count = sum(len(group["params"]) for group in groups)
+    assert count == len(list(model.parameters())) - 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"lr": 0.0}, {"weight_decay": -1.0}, {"betas": (0.9, 1.0)}, {"warmup_epochs": -1.0}]
+)
+def test_impossible_settings_are_refused_by_name(change: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match=f"optimizer.{next(iter(change))}"):
+        OptimizerConfig(**{**SETTINGS, **change})

@@ -1,0 +1,70 @@
+"""The state file: whole or not at all, and a clear word when it is damaged."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vitprobe.errors import CheckpointError, ResultError
+from vitprobe.training.state import load_state, save_state
+
+
+def test_round_trip_leaves_one_file(tmp_path: Path) -> None:
+    state = {"step": 3, "recipe": {"lr": 1e-3, "names": ["a"]}, "weights": torch.arange(4.0)}
+    save_state(tmp_path / "state.pt", state)
+    loaded = load_state(tmp_path / "state.pt")
+    assert torch.equal(loaded.pop("weights"), state.pop("weights"))  # type: ignore[arg-type]
+    assert loaded == state
+    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_a_failed_write_leaves_the_state_before_intact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "state.pt"
+    save_state(path, {"step": 1})
+
+    def full(state: Any, file: Any) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ResultError, match=r"No space left.*the one before is intact"):
+        save_state(path, {"step": 2})
+    assert load_state(path) == {"step": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["state.pt"]
+
+
+class _Payload:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (open, ("ran", "w"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "payload", "flipped"])
+def test_a_damaged_state_is_named_and_nothing_in_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "state.pt"
+    save_state(path, {"weights": torch.arange(1000.0)})
+    whole = path.read_bytes()
+    contents = {
+        "truncated": whole[: len(whole) // 2],
+        "empty": b"",
+        "text": b"hello",
+        "payload": pickle.dumps(_Payload()),
+        "flipped": whole.replace(b"PK\x01\x02", b"PK\x09\x02"),
+    }
+    path.write_bytes(contents[damage])
+    with pytest.raises(CheckpointError, match=r"state\.pt is damaged"):
+        load_state(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_missing_state_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="No training state"):
+        load_state(tmp_path / "state.pt")

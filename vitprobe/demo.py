@@ -1,0 +1,43 @@
+"""The demonstration: two small ViTs trained on handwritten digits, then compared."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from vitprobe.compare import compare
+from vitprobe.data.labelled import load_labelled
+from vitprobe.errors import ResultError
+from vitprobe.models import load
+from vitprobe.report import report
+from vitprobe.training import pretrain
+
+RECIPES = {"MAE": "digits_mae", "Supervised": "digits_supervised"}
+
+
+def demo(out: str | Path, *, force: bool = False) -> Path:
+    """Train an MAE and a supervised ViT on scikit-learn's digits, compare them and a random
+    initialisation on the test images, and write the report. Nothing is downloaded.
+
+    Args:
+        out: folder for `runs/` and `report/`.
+        force: replace what an earlier demo left there.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        ResultError: `out` exists and `force` is not given, or it cannot be written.
+    """
+    out = Path(out)
+    if out.exists() and not force:
+        raise ResultError(f"'{out}' exists; give another --out, or --force to replace it")
+    models = []
+    for name, recipe in RECIPES.items():
+        print(f"training {name} on handwritten digits ({recipe})", file=sys.stderr)  # noqa: T201
+        models.append(load(pretrain(recipe, out / "runs" / recipe, force=force), name=name))
+    first = out / "runs" / next(iter(RECIPES.values())) / "encoder.safetensors"
+    models.append(load(f"init:{first}", name="Random"))
+    digits = load_labelled("digits")
+    result = compare(models, digits.images[digits.test])
+    return report(result, out / "report", force=force)

@@ -1,0 +1,14 @@
+"""Pre-training of the encoders that vitprobe compares."""
+
+from __future__ import annotations
+
+from vitprobe.training.loop import Terminated, pretrain
+from vitprobe.training.recipe import Recipe, bundled_recipes, load_recipe
+
+__all__ = [
+    "Recipe",
+    "Terminated",
+    "bundled_recipes",
+    "load_recipe",
+    "pretrain",
+]

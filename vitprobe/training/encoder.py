@@ -1,0 +1,132 @@
+"""The Vision Transformer being trained, and the checkpoint it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from vitprobe.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """A Vision Transformer (Dosovitskiy et al. 2021) with a class token, on square images.
+
+    mean, std: per channel, of images in [0, 1]; they travel with the checkpoint.
+    positions: embeddings that are learned, or the fixed `sincos_positions`.
+    """
+
+    image_size: int
+    patch_size: int
+    channels: int
+    width: int
+    depth: int
+    heads: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    mlp_ratio: float = 4.0
+    positions: Literal["learned", "sincos"] = "learned"
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size", "channels", "width", "depth", "heads"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"encoder.{name} must be at least 1, not {getattr(self, name)}.")
+        if self.image_size % self.patch_size:
+            raise RecipeError(
+                f"encoder.image_size {self.image_size} must be a multiple of "
+                f"encoder.patch_size {self.patch_size}."
+            )
+        if self.width % self.heads or self.width % 4:
+            raise RecipeError(
+                f"encoder.width {self.width} must be a multiple of encoder.heads {self.heads} "
+                "and of 4."
+            )
+        if len(self.mean) != self.channels or len(self.std) != self.channels:
+            raise RecipeError(
+                f"encoder.mean and encoder.std need one value for each of the {self.channels} "
+                f"channels, not {len(self.mean)} and {len(self.std)}."
+            )
+        if min(self.std) <= 0:
+            raise RecipeError(f"encoder.std must be above 0, not {list(self.std)}.")
+        if self.mlp_ratio <= 0:
+            raise RecipeError(f"encoder.mlp_ratio must be above 0, not {self.mlp_ratio}.")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of the image."""
+        return self.image_size // self.patch_size
+
+    def architecture(self, num_classes: int) -> dict[str, Any]:
+        """Arguments of timm's VisionTransformer; 0 classes leave the head out."""
+        return {
+            "img_size": [self.image_size, self.image_size],
+            "patch_size": self.patch_size,
+            "in_chans": self.channels,
+            "num_classes": num_classes,
+            "global_pool": "token",
+            "embed_dim": self.width,
+            "depth": self.depth,
+            "num_heads": self.heads,
+            "mlp_ratio": self.mlp_ratio,
+            "class_token": True,
+        }
+
+
+def build_encoder(config: EncoderConfig, num_classes: int = 0) -> VisionTransformer:
+    """timm's VisionTransformer, initialised as ViT's authors do: Xavier uniform, a head of zeros.
+
+    Queries, keys and values count as three matrices, as in MoCo v3. timm's own defaults leave a
+    narrow model far too small: layers at a standard deviation of 0.02, which suits width 768, and
+    a class token of 1e-6, which the norms cannot lift above their epsilon.
+    """
+    encoder = VisionTransformer(**config.architecture(num_classes), weight_init="jax")
+    nn.init.normal_(encoder.get_parameter("cls_token"), std=0.02)
+    for i in range(config.depth):
+        qkv = encoder.get_parameter(f"blocks.{i}.attn.qkv.weight").detach()
+        for matrix in qkv.chunk(3):
+            nn.init.xavier_uniform_(matrix)
+    if config.positions == "sincos":
+        encoder.pos_embed = fixed_positions(config.width, config.grid)
+    return encoder
+
+
+def fixed_positions(width: int, grid: int) -> nn.Parameter:
+    """(1, 1 + grid * grid, width), not trained: zeros for the class token, then sine-cosines."""
+    positions = torch.cat([torch.zeros(1, width), sincos_positions(width, grid)])
+    return nn.Parameter(positions[None], requires_grad=False)
+
+
+def sincos_positions(width: int, grid: int) -> Tensor:
+    """Fixed two-dimensional sine-cosine position embeddings: (grid * grid, width), row by row.
+
+    The first half of the channels encodes the column, the second the row; within each half come
+    the sines and then the cosines at frequencies 10000^(-i / (width / 4)) (Vaswani et al. 2017,
+    section 3.5, in the two-dimensional form of MoCo v3 and MAE).
+    """
+    quarter = width // 4
+    frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)
+    row = axis[:, None].expand(grid, grid, -1)
+    column = axis[None].expand(grid, grid, -1)
+    return torch.cat([column, row], dim=-1).flatten(0, 1).float()
+
+
+def save_encoder(encoder: VisionTransformer, path: Path, metadata: Mapping[str, Any]) -> None:
+    """Write timm's state dict in fp32 as safetensors, with `metadata` as JSON under "vitprobe"."""
+    tensors = {
+        name: tensor.detach().to("cpu", torch.float32).contiguous()
+        for name, tensor in encoder.state_dict().items()
+    }
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata={"vitprobe": json.dumps(metadata)})
+    os.replace(partial, path)

@@ -1,0 +1,215 @@
+"""Recipes: TOML files read into frozen dataclasses with strict keys."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from vitprobe.errors import RecipeError, suggest
+from vitprobe.training.augment import AugmentConfig
+from vitprobe.training.encoder import EncoderConfig
+from vitprobe.training.methods import METHODS, MethodConfig
+from vitprobe.training.optimizer import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a training run, and so what a checkpoint remembers of it.
+
+    data: a source that vitprobe.data.labelled.load_labelled takes.
+    batch_size: images per update; an incomplete last batch of an epoch is left out.
+    save_every: epochs between training states.
+    evaluate_every: epochs between evaluations on the test images.
+    """
+
+    method: MethodConfig
+    data: str
+    epochs: int
+    batch_size: int
+    encoder: EncoderConfig
+    optimizer: OptimizerConfig
+    augment: AugmentConfig
+    seed: int = 0
+    save_every: int = 1
+    evaluate_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "save_every", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if not 0 <= self.seed < 2**63:
+            raise RecipeError(f"seed must be at least 0 and below 2^63, not {self.seed}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested tables of JSON (and TOML) values."""
+        tables: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return tables
+
+    def to_toml(self) -> str:
+        """A recipe file that loads as this recipe, with nothing inherited."""
+        scalars, tables = [], []
+        for key, value in self.to_dict().items():
+            if isinstance(value, dict):
+                tables += ["", f"[{key}]", *(f"{k} = {json.dumps(v)}" for k, v in value.items())]
+            else:
+                scalars.append(f"{key} = {json.dumps(value)}")
+        return "\n".join([*scalars, *tables, ""])
+
+
+def load_recipe(
+    recipe: str | Path | Recipe,
+    *,
+    data: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """The recipe of that bundled name or TOML file, changed by `overrides` {"optimizer.lr": 1e-3}.
+
+    A file may hold `inherits = NAME` (a bundled recipe, or a .toml path relative to the file); its
+    own keys win, table by table. Raises RecipeError for an unknown, missing or ill-typed key.
+    """
+    if isinstance(recipe, Recipe):
+        source, tables = "given", recipe.to_dict()
+    else:
+        source = str(recipe)
+        tables = _read(_locate(source, Path()), ())
+    changes = dict(overrides or {})
+    if data is not None:
+        changes["data"] = str(data)
+    for key, value in changes.items():
+        _set(tables, key, value)
+    built: Recipe = _build(Recipe, tables, "", source)
+    return built
+
+
+def bundled_recipes() -> tuple[str, ...]:
+    """Names of the recipes that come with vitprobe; those that are only inherited are left out."""
+    names = (entry.name for entry in _bundle().iterdir())
+    stems = (name.removesuffix(".toml") for name in names if name.endswith(".toml"))
+    return tuple(sorted(stem for stem in stems if not stem.startswith("_")))
+
+
+def _bundle() -> Traversable:
+    return resources.files("vitprobe.training") / "recipes"
+
+
+def _locate(recipe: str, folder: Path) -> Traversable:
+    """A path to a .toml file relative to `folder`, or the name of a bundled recipe."""
+    if recipe.endswith(".toml"):
+        path = folder / recipe
+        if not path.is_file():
+            raise RecipeError(f"No recipe file {path}.")
+        return path
+    bundled = _bundle() / f"{recipe}.toml"
+    if not bundled.is_file():
+        known = bundled_recipes()
+        raise RecipeError(
+            f"No recipe {recipe!r}; give a .toml file or one of: {', '.join(known)}."
+            f"{suggest(recipe, known)}"
+        )
+    return bundled
+
+
+def _read(file: Traversable, inheritors: tuple[str, ...]) -> dict[str, Any]:
+    if str(file) in inheritors:
+        raise RecipeError(f"Recipe {file} inherits itself.")
+    try:
+        own = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"Recipe {file} is not valid TOML: {error}.") from error
+    parent = own.pop("inherits", None)
+    if parent is None:
+        return own
+    if not isinstance(parent, str):
+        raise RecipeError(f"Recipe {file}: inherits must be a string, not {parent!r}.")
+    inherited = _read(_locate(parent, Path(str(file)).parent), (*inheritors, str(file)))
+    return _merge(inherited, own)
+
+
+def _merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in own.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both else value
+    return merged
+
+
+def _set(tables: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        table = tables.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise RecipeError(f"Override {key!r}: {parent!r} is not a table.")
+        tables = table
+    tables[last] = value
+
+
+def _build(kind: Any, table: Any, prefix: str, source: str) -> Any:
+    """A dataclass of this kind from a TOML table; `prefix` is the table's dotted path."""
+    if not isinstance(table, Mapping):
+        raise RecipeError(f"Recipe {source}: {prefix.rstrip('.')} must be a table, not {table!r}.")
+    if kind is MethodConfig:
+        kind = _method_config(table, source)
+    known = {field.name: field for field in fields(kind)}
+    for key in table:
+        if key not in known:
+            raise RecipeError(f"Recipe {source}: unknown key '{prefix}{key}'.{suggest(key, known)}")
+    types = get_type_hints(kind)
+    values = {}
+    for name, field in known.items():
+        if name in table:
+            values[name] = _convert(table[name], types[name], f"{prefix}{name}", source)
+        elif field.default is MISSING:
+            raise RecipeError(f"Recipe {source}: the key '{prefix}{name}' is missing.")
+    return kind(**values)
+
+
+def _method_config(table: Mapping[str, Any], source: str) -> type[MethodConfig]:
+    name = table.get("name")
+    if name not in METHODS:
+        raise RecipeError(
+            f"Recipe {source}: method.name must be one of {', '.join(METHODS)}, not {name!r}."
+            f"{suggest(str(name), METHODS)}"
+        )
+    return METHODS[name].Config
+
+
+def _convert(value: Any, kind: Any, name: str, source: str) -> Any:
+    """`value` as the annotated type `kind`, without losing anything."""
+    if get_origin(kind) is Literal:
+        if value in get_args(kind):
+            return value
+        choices = " or ".join(map(repr, get_args(kind)))
+        raise RecipeError(f"Recipe {source}: {name} must be {choices}, not {value!r}.")
+    if get_origin(kind) is tuple:
+        inner = get_args(kind)
+        variable = inner[-1] is Ellipsis
+        if isinstance(value, list | tuple) and (variable or len(value) == len(inner)):
+            kinds = [inner[0]] * len(value) if variable else inner
+            return tuple(_convert(v, k, name, source) for v, k in zip(value, kinds, strict=True))
+        count = "" if variable else f"{len(inner)} "
+        raise RecipeError(
+            f"Recipe {source}: {name} must be a list of {count}values, not {value!r}."
+        )
+    if kind in _WORDS:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if kind is float and number and math.isfinite(value):
+            return float(value)
+        if type(value) is kind and kind is not float:
+            return value
+        raise RecipeError(f"Recipe {source}: {name} must be {_WORDS[kind]}, not {value!r}.")
+    return _build(kind, value, f"{name}.", source)
+
+
+_WORDS = {
+    int: "a whole number",
+    float: "a finite number",
+    bool: "true or false",
+    str: "a string",
+}

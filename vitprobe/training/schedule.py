@@ -1,0 +1,18 @@
+"""Learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+
+
+def warmup_cosine(step: int, *, steps: int, warmup: int, peak: float, floor: float = 0.0) -> float:
+    """The rate of the update `step` (0-based) of `steps`.
+
+    Linear from 0 to `peak` over the first `warmup` updates, then half a cosine down to `floor`,
+    which the update after the last one would have (Loshchilov & Hutter, "SGDR", 2017, eq. 5; with
+    the warm-up of Goyal et al. 2017, section 2.2, counted in updates as MAE does).
+    """
+    if step < warmup:
+        return peak * step / warmup
+    progress = (step - warmup) / max(steps - warmup, 1)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
