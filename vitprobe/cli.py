@@ -175,10 +175,10 @@ class Pretrain:
     def run(self) -> str:
         overrides = dict(_override(text) for text in self.set)
 
-        from vitprobe.training import pretrain
+        from vitprobe.training import Terminated, pretrain
 
-        return str(
-            pretrain(
+        try:
+            encoder = pretrain(
                 self.recipe,
                 self.out,
                 data=self.data,
@@ -187,7 +187,10 @@ class Pretrain:
                 force=self.force,
                 device=self.device,
             )
-        )
+        except Terminated as stop:
+            print(f"vitprobe: {stop}", file=sys.stderr)
+            raise
+        return str(encoder)
 
 
 Command = (
@@ -211,7 +214,7 @@ def check_output(out: Path, force: bool) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
-    """Run a command and exit: 0 done, 2 bad input, 130 Ctrl-C, 143 SIGTERM."""
+    """Run a command and exit: 0 done, 2 bad input, 130 Ctrl-C, 143 SIGTERM, 1 a defect."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
         command = _parse(args)
@@ -227,6 +230,16 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
+    except Exception as error:
+        if os.environ.get("VITPROBE_TRACEBACK"):
+            raise
+        what = _one_line(f"{type(error).__name__}: {error}")
+        print(
+            f"vitprobe: {what}. This was not foreseen; set VITPROBE_TRACEBACK=1 to see where it "
+            "happened, and please report it",
+            file=sys.stderr,
+        )
+        status = 1
     sys.exit(status)
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from vitprobe.compare import compare
+from vitprobe.data.images import images
 from vitprobe.data.labelled import load_labelled
 from vitprobe.errors import ResultError
 from vitprobe.models import load
@@ -39,5 +40,7 @@ def demo(out: str | Path, *, force: bool = False) -> Path:
     first = out / "runs" / next(iter(RECIPES.values())) / "encoder.safetensors"
     models.append(load(f"init:{first}", name="Random"))
     digits = load_labelled("digits")
-    result = compare(models, digits.images[digits.test])
+    pictures = images(digits.images[digits.test])
+    pictures.source = "scikit-learn's digits, test images"
+    result = compare(models, pictures)
     return report(result, out / "report", force=force)

@@ -13,8 +13,6 @@ A `Comparison` holds four groups:
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +23,7 @@ import xarray as xr
 from scipy.stats import norm
 
 from vitprobe.errors import ResultError, suggest
+from vitprobe.files import replacing
 
 FORMAT: Final = 1
 Feature = tuple[str, int]
@@ -247,17 +246,8 @@ class Comparison:
             }
             for group in self.tree.subtree
         }
-        try:
-            handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".nc.part")
-            os.close(handle)
-            try:
-                self.tree.to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
-                os.chmod(temporary, 0o644)
-                os.replace(temporary, path)
-            finally:
-                Path(temporary).unlink(missing_ok=True)
-        except OSError as error:
-            raise ResultError(f"cannot write '{path}': {error.strerror or error}") from error
+        with replacing(path) as partial:
+            self.tree.to_netcdf(partial, engine="h5netcdf", encoding=encoding)
         return path
 
     def __repr__(self) -> str:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vitprobe.errors import RecipeError
+from vitprobe.files import replacing
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,5 @@ def save_encoder(encoder: VisionTransformer, path: Path, metadata: Mapping[str, 
         name: tensor.detach().to("cpu", torch.float32).contiguous()
         for name, tensor in encoder.state_dict().items()
     }
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={"vitprobe": json.dumps(metadata)})
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_bytes(save(tensors, metadata={"vitprobe": json.dumps(metadata)}))

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vitprobe.errors import CheckpointError, ResultError
+from vitprobe.files import replacing
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a text file in one step."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -23,15 +22,11 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
     Raises ResultError when it cannot be written; the state before it is then intact.
     """
-    partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
+        with replacing(path) as partial, partial.open("wb") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
+    except (ResultError, RuntimeError) as error:
+        # torch reports a write that fails midway, as on a full disk, as a RuntimeError.
         raise ResultError(
             f"Could not write the training state {path}: {error}; the one before is intact."
         ) from error
