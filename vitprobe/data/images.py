@@ -112,20 +112,32 @@ class Images:
         """
         self.undecodable, self.used, self._digest = [], [], hashlib.sha256()
         wanted = list(dict.fromkeys(views))
-        held: list[tuple[str, dict[View, Tensor]]] = []
-        first = 0
-        for name, tensors in self._decoded(wanted, workers):
-            held.append((name, tensors))
-            if len(held) == size + min(size, MINIMUM_TAIL):
-                yield _block(first, held[:size], wanted)
-                held, first = held[size:], first + size
+        # A block is whole when enough follow it that what follows can stand alone. Images go
+        # straight to their place in it: one large tensor a view, and none to be stacked.
+        tail = min(size, MINIMUM_TAIL)
+        most = size + tail if self.names is None else min(size + tail, len(self))
+        held = _room(wanted, most)
+        count = first = 0
+        for tensors in self._decoded(wanted, workers):
+            for view, tensor in tensors.items():
+                held[view][count] = tensor
+            count += 1
+            if count == size + tail:
+                whole, held = held, _room(wanted, most)
+                for view, tensor in held.items():
+                    tensor[:tail] = whole[view][size:]
+                yield self._block(first, size, whole)
+                first, count = first + size, tail
         if not self.used:
             what = f", such as '{self.undecodable[0]}'" if self.undecodable else ""
             raise DataError(f"none of the images in '{self.source}' can be decoded{what}")
-        # Fewer are left than would make a whole block and a tail that can stand alone.
-        yield _block(first, held, wanted)
+        yield self._block(first, count, held)
 
-    def _decoded(self, views: list[View], workers: int) -> Iterator[tuple[str, dict[View, Tensor]]]:
+    def _block(self, first: int, count: int, held: dict[View, Tensor]) -> Block:
+        names = tuple(self.used[first : first + count])
+        return Block(first, names, {view: tensor[:count] for view, tensor in held.items()})
+
+    def _decoded(self, views: list[View], workers: int) -> Iterator[dict[View, Tensor]]:
         def decode(read: Read) -> tuple[bytes, dict[View, Tensor]] | str:
             try:
                 content, image = read()
@@ -160,7 +172,7 @@ class Images:
                 digest, tensors = result
                 self._digest.update(name.encode() + b"\0" + digest)
                 self.used.append(name)
-                yield name, tensors
+                yield tensors
 
 
 def images(source: Any, *, limit: int | None = None, seed: int = 0) -> Images:
@@ -239,9 +251,8 @@ def _square(image: Image.Image | Tensor) -> Tensor:
     return tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1).contiguous()
 
 
-def _block(first: int, held: list[tuple[str, dict[View, Tensor]]], views: list[View]) -> Block:
-    stacked = {view: torch.stack([tensors[view] for _, tensors in held]) for view in views}
-    return Block(first, tuple(name for name, _ in held), stacked)
+def _room(views: list[View], count: int) -> dict[View, Tensor]:
+    return {view: torch.empty(count, *view) for view in views}
 
 
 def _permuted(count: int, seed: int) -> list[int]:
