@@ -233,15 +233,17 @@ class PerImage(NamedTuple):
 class AttentionMeasure(Measure):
     """A mean over query rows, kept for every image, layer and head.
 
-    Per-image means are what paired comparisons between models need; they cost 4 bytes an image and
-    head. Images are keyed by their index in the run, so merging is a union and exact.
+    Per-image means are what paired comparisons between models need. Images are keyed by their index
+    in the run, so merging is a union and exact.
     """
 
     info: ClassVar[Info]
 
     def __init__(self) -> None:
-        # (layer, first image) → [sum over defined rows, defined rows, undefined rows]
-        self._sums: dict[tuple[int, int], list[Tensor]] = {}
+        # By layer, (3, capacity, heads): sum over defined rows, defined rows, undefined rows. A few
+        # large arrays that grow seldom: a small tensor kept for every chunk, allocated between the
+        # chunk's own large ones, would keep the allocator from ever giving those back.
+        self._sums: dict[int, np.ndarray] = {}
 
     @abstractmethod
     def rows(self, chunk: AttentionChunk) -> Tensor:
@@ -264,14 +266,22 @@ class AttentionMeasure(Measure):
         defined = ~rows.isnan()
         if not defined.all() and chunk.log_p.isnan().any():
             raise MeasureError(f"attention is NaN in layer {chunk.layer}")
-        new = [
-            rows.nan_to_num(0).sum(-1, dtype=torch.float64).cpu(),
-            defined.sum(-1).cpu(),
-            (~defined).sum(-1).cpu(),
-        ]
-        key = (chunk.layer, chunk.first_image)
-        old = self._sums.get(key)
-        self._sums[key] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
+        images, heads = rows.shape[:2]
+        last = chunk.first_image + images
+        sums = self._room(chunk.layer, last, heads)[:, chunk.first_image : last]
+        sums[0] += rows.nan_to_num(0).sum(-1, dtype=torch.float64).cpu().numpy()
+        sums[1] += defined.sum(-1).cpu().numpy()
+        sums[2] += (~defined).sum(-1).cpu().numpy()
+
+    def _room(self, layer: int, images: int, heads: int) -> np.ndarray:
+        """The sums of a layer, with room for so many images."""
+        sums = self._sums.get(layer)
+        if sums is None or sums.shape[1] < images:
+            grown = np.zeros((3, max(1024, 2 * images), heads))
+            if sums is not None:
+                grown[:, : sums.shape[1]] = sums
+            self._sums[layer] = sums = grown
+        return sums
 
     def merge(self, other: Self) -> None:
         """Add the images of another instance.
@@ -279,22 +289,29 @@ class AttentionMeasure(Measure):
         Raises:
             MeasureError: an image that both have seen.
         """
-        shared = self._sums.keys() & other._sums.keys()
-        if shared:
-            raise MeasureError(
-                f"{self.info.name}: image {min(shared)[1]} is in both parts to be merged"
-            )
-        self._sums |= other._sums
+        for layer, theirs in other._sums.items():
+            ours = self._room(layer, theirs.shape[1], theirs.shape[2])[:, : theirs.shape[1]]
+            shared = np.flatnonzero(_seen(ours) & _seen(theirs))
+            if len(shared):
+                raise MeasureError(
+                    f"{self.info.name}: image {shared[0]} is in both parts to be merged"
+                )
+            ours += theirs
 
     def compute(self) -> dict[int, PerImage]:
         """Per-image means of every layer, images in order of the run."""
         layers: dict[int, PerImage] = {}
-        for layer in sorted({layer for layer, _ in self._sums}):
-            parts = [self._sums[key] for key in sorted(self._sums) if key[0] == layer]
-            total, defined, undefined = (torch.cat(column) for column in zip(*parts, strict=True))
-            mean = total / torch.where(defined > 0, defined, torch.nan)
-            layers[layer] = PerImage(mean.float().numpy(), undefined.to(torch.int32).numpy())
+        for layer in sorted(self._sums):
+            sums = self._sums[layer]
+            total, defined, undefined = sums[:, _seen(sums)]
+            mean = np.divide(total, defined, out=np.full_like(total, np.nan), where=defined > 0)
+            layers[layer] = PerImage(mean.astype(np.float32), undefined.astype(np.int32))
         return layers
+
+
+def _seen(sums: np.ndarray) -> np.ndarray:
+    """Which images have rows, defined or not."""
+    return (sums[1:] > 0).any(axis=(0, 2))
 
 
 _INVARIANCES = ("order of images",)
