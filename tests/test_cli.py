@@ -60,6 +60,7 @@ def test_compare_writes_a_report_and_prints_its_path_alone(run, checkpoint, phot
         f"A={checkpoint},heads=3",
         f"B=init:{checkpoint},seed=1,heads=3",
         *("--images", photos, "--out", "out", "--limit", 10),
+        *("--measures", "cka,attention_distance", "attention_entropy"),
     )
     assert (status, out) == (0, "out/report.html\n"), err
     assert {"report.html", "results.nc", "figures", "tables"} <= set(os.listdir(tmp_path / "out"))
@@ -86,8 +87,9 @@ def test_models_from_a_file(run, checkpoint, photos, tmp_path):
 
 
 def test_inspect(run, checkpoint):
-    status, out, _ = run("inspect", f"{checkpoint},heads=3")
+    status, out, _ = run("inspect", f"Mine={checkpoint},heads=3")
     assert status == 0
+    assert "Mine" in out
     assert "heads" in out
     assert "user" in out
 
@@ -185,7 +187,7 @@ def test_some_undecodable_images_are_counted_named_and_replaced(run, photos, che
     (photos / "05.png").write_bytes(b"no")
     status, _, err = run("compare", f"{checkpoint},heads=3", "--images", photos, "--out", "out")
     assert status == 0
-    assert "1 images could not be decoded" in err
+    assert "1 image could not be decoded: 05.png" in err
     assert "05.png" in err
 
 
@@ -197,6 +199,8 @@ def test_some_undecodable_images_are_counted_named_and_replaced(run, photos, che
         (["A=nowhere:x", "--images", "photos", "--out", "out"], "nowhere:x"),
         (["A={c},head=3", "--images", "photos", "--out", "out"], "Did you mean 'heads'"),
         (["--images", "photos", "--out", "out"], "no models to compare"),
+        (["A={c}", "heads=3", "--images", "photos", "--out", "out"], "join it to its spec"),
+        (["{c}", "--images", "photos", "--out", "out", "--seed", "-1"], "a seed of -1"),
         (["=x", "--images", "photos", "--out", "out"], "no NAME=SPEC"),
         (["{c}", "--images", "photos", "--out", "photos"], "'photos' exists"),
         (

@@ -166,10 +166,73 @@ def test_bf16_is_recorded_and_close(pair, result):
     assert not np.array_equal(low.cka("a", "b"), result.cka("a", "b"))
 
 
-def test_the_global_random_state_and_module_mode_are_left_alone(pair):
+def test_the_gram_stays_in_single_precision_under_bf16(pair, monkeypatch):
+    seen = []
+    update = vp.measures.CKA.update_grams
+    monkeypatch.setattr(
+        vp.measures.CKA, "update_grams", lambda self, g: (seen.append(g.dtype), update(self, g))
+    )
+    for batch_size in (None, 16):
+        vp.compare(pair, squares(), ["cka"], precision="bf16", batch_size=batch_size, **QUIET)
+    assert seen == [torch.float32] * 2
+
+
+def test_the_global_random_state_and_the_module_are_left_alone(pair):
+    model = tiny("trained", proj_drop_rate=0.5)
+    model.module.train()
+    model.module.blocks[1].eval()
     before = torch.get_rng_state()
-    vp.compare(pair, squares(8), ["cka"], **QUIET)
+    first, second = (vp.compare([model], squares(8), ["cka"], **QUIET) for _ in range(2))
+    vp.compare([model], torch.utils.data.DataLoader(squares(8), batch_size=4), ["cka"], **QUIET)
     assert torch.equal(torch.get_rng_state(), before)
+    assert first.tree["similarity"].equals(second.tree["similarity"])  # no dropout
+    assert model.module.training
+    assert not model.module.blocks[1].training
+    assert model.module.blocks[2].attn.proj_drop.training
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_torch_precision_settings_are_restored(pair, precision):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        vp.compare(pair[:1], squares(8), ["cka"], **QUIET)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_the_order_and_limit_recorded_are_those_used(pair):
+    x = squares(20)
+    pictures = vp.images(x, limit=12, seed=3)
+    found = vp.compare(pair[:1], pictures, ["cka"], **QUIET).provenance
+    assert (found["seed"], found["images"]["limit"], found["images"]["count"]) == (3, 12, 12)
+    for option in ({"limit": 5}, {"seed": 1}):
+        with pytest.raises(DataError, match="have their limit and seed already"):
+            vp.compare(pair[:1], pictures, ["cka"], **option, **QUIET)
+    loader = torch.utils.data.DataLoader(x, batch_size=4)
+    found = vp.compare(pair[:1], loader, ["cka"], **QUIET)
+    assert (found.provenance["seed"], found.provenance["images"]["order"]) == (None, "as given")
+    assert any("in the order their source gives" in note for note in found.notes)
+
+
+def test_a_half_precision_module_is_run_as_it_is_and_noted():
+    model = tiny("half")
+    model.module.bfloat16()
+    found = vp.compare([model], squares(8), **QUIET)
+    assert any("half: its weights are torch.bfloat16" in note for note in found.notes)
+    assert next(model.module.parameters()).dtype == torch.bfloat16
+
+
+def test_repeated_measures_count_once(pair):
+    found = vp.compare(pair[:1], squares(8), ["cka", "sink_mass", "cka"], **QUIET)
+    assert found.measures == ("cka", "sink_mass")
+
+
+def test_a_model_without_a_final_norm_is_noted():
+    model = tiny("bare", final_norm=False)
+    found = vp.compare([model], squares(8), ["cka"], **QUIET)
+    assert any("bare: no final norm, so its layer 3" in note for note in found.notes)
 
 
 def poisoned(where):
@@ -205,6 +268,10 @@ def test_nan_weights_name_model_layer_and_block(where, measures, message):
         ({"images": squares(3)}, DataError, "gives 3 images .* unbiased CKA needs at least 4"),
         ({"measures": ["ckaa"]}, MeasureError, "unknown measure 'ckaa'. Did you mean 'cka'"),
         ({"measures": []}, MeasureError, "no measure asked for"),
+        ({"measures": "cka"}, MeasureError, r"give \['cka'\]"),
+        ({"models": tiny("x")}, VitprobeError, "models are a list"),
+        ({"models": ["mae.pth"]}, VitprobeError, "cannot compare str: make a model of it"),
+        ({"seed": -1}, DataError, "a seed of -1"),
         ({"block": 3}, MeasureError, "a block of 3 images is too small"),
         ({"batch_size": 0}, DataError, "a batch size of 0"),
         ({"layers": "outputs"}, CaptureError, "unknown layers 'outputs'"),

@@ -12,15 +12,13 @@ def test_the_demo_trains_and_compares(tmp_path):
     page = demo(tmp_path / "demo")
     assert page.name == "report.html"
     result = vp.open_result(page.parent / "results.nc")
-    assert result.models == ("MAE", "Supervised", "Random")
+    assert result.models == ("MAE", "Supervised", "Untrained")
     assert result.provenance["images"]["count"] == 360
     assert (result.cka("MAE", "MAE").values.diagonal() == 1).all()
     supervised = result.describe("Supervised")
     assert supervised["training"]["metrics"]["test_accuracy"] > 0.9
-    # A random initialisation attends almost uniformly; what was trained does not.
-    entropy = {
-        name: float(result.attention_entropy(name, relative=True).mean()) for name in result.models
-    }
-    assert entropy["Random"] > 0.99 > entropy["MAE"]
+    # Training makes some heads look closely; at the start all attend almost evenly.
+    sharpest = {n: float(result.attention_entropy(n, relative=True).min()) for n in result.models}
+    assert max(sharpest["MAE"], sharpest["Supervised"]) < sharpest["Untrained"]
     with pytest.raises(ResultError, match="exists; give another --out"):
         demo(tmp_path / "demo")

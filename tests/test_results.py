@@ -67,6 +67,7 @@ def test_the_interval_of_a_layer_with_itself_is_undefined(result):
         (lambda r: r.attention("attention_distanc", "a"), "Did you mean 'attention_distance'"),
         (lambda r: r.attention("sink_mass", "a", relative=True), "'sink_mass' has no relative"),
         (lambda r: r.interval("sink_mass", "a", "b"), "intervals are kept for 'cka'"),
+        (lambda r: r.interval("cka", "a", "b", level=95), "a level of 95 is no probability"),
         (lambda r: r.to_dataframe("rsa"), "'rsa' was not measured"),
     ],
 )
@@ -91,6 +92,6 @@ def test_files_that_are_no_results(tmp_path, result):
 
 
 def test_a_folder_that_does_not_exist(result, tmp_path):
-    with pytest.raises(ResultError, match=r"cannot write .*run.nc"):
+    with pytest.raises(ResultError, match=r"cannot write .*run.nc.*: there is no folder"):
         result.save(tmp_path / "no" / "run.nc")
     assert list(tmp_path.iterdir()) == []

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import tyro
 
 from vitprobe.errors import ResultError, SourceError, VitprobeError
+from vitprobe.models.sources import OPTIONS, parse_spec
 
 if TYPE_CHECKING:
     from vitprobe.models import Model
@@ -53,7 +54,8 @@ class Inspect:
         from vitprobe.models import load
         from vitprobe.models.inspection import describe_text
 
-        return describe_text(load(self.spec))
+        name, spec = _named(self.spec)
+        return describe_text(load(spec, name=name))
 
 
 @dataclass
@@ -79,7 +81,7 @@ class Compare:
     limit: int | None = None
     """Use the first so many images of the seeded permutation."""
     seed: int = 0
-    """Of the permutation of images."""
+    """Of the permutation of images; 0 or more."""
     block: int = 128
     """Images over which similarity is computed before it is summed."""
     batch_size: int | None = None
@@ -105,6 +107,10 @@ class Compare:
         if not self.dry_run:
             check_output(self.out, self.force)
 
+        measures = [name for text in self.measures for name in text.split(",") if name]
+        for _, spec, _ in entries:
+            parse_spec(spec)  # a slip in a spec is told before torch is imported
+
         from vitprobe.compare import compare
         from vitprobe.data.images import images
         from vitprobe.models import load
@@ -113,11 +119,11 @@ class Compare:
         source = images(self.images, limit=self.limit, seed=self.seed)
         models = [load(spec, name=name, **options) for name, spec, options in entries]
         if self.dry_run:
-            return _plan(models, len(source), self.measures)
+            return _plan(models, len(source), measures)
         result = compare(
             models,
             source,
-            self.measures,
+            measures,
             layers=self.layers,
             tokens=self.tokens,
             estimator=self.estimator,
@@ -125,7 +131,6 @@ class Compare:
             batch_size=self.batch_size,
             device=self.device,
             precision=self.precision,
-            seed=self.seed,
             workers=self.workers,
         )
         for note in result.notes:
@@ -225,7 +230,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         print(f"vitprobe: {_one_line(str(error))}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
-        print("vitprobe: interrupted; nothing was left half-written", file=sys.stderr)
+        print("vitprobe: interrupted", file=sys.stderr)
         status = 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -280,6 +285,11 @@ def _named(text: str) -> tuple[str | None, str]:
         return None, text
     if not name or not spec:
         raise SourceError(f"'{text}' is no NAME=SPEC; write it as MAE=mae.pth")
+    if name in OPTIONS:
+        raise SourceError(
+            f"'{text}' is an option of a model: join it to its spec by a comma, as in "
+            f"MAE=mae.pth,{text}"
+        )
     return name, spec
 
 

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 import numpy as np
 import torch
 import xarray as xr
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vitprobe import provenance
 from vitprobe.capture import Recorder
-from vitprobe.capture.features import Convention, check_convention, feature_layers
+from vitprobe.capture.features import Convention, convention_of, feature_layers
 from vitprobe.capture.geometry import plain
 from vitprobe.data.images import Block, Images, View
 from vitprobe.data.images import images as as_images
@@ -55,7 +55,7 @@ Precision = Literal["fp32", "bf16"]
 class Settings:
     """How a comparison is made; all of it is recorded in the result."""
 
-    measures: tuple[str, ...] = DEFAULT_MEASURES
+    measures: Sequence[str] = DEFAULT_MEASURES
     layers: Convention = "normed"
     tokens: TokenPolicy = "patches"
     estimator: Estimator = "unbiased"
@@ -67,12 +67,14 @@ class Settings:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.measures, str):
+            raise MeasureError(f"measures are a list of names: give ['{self.measures}']")
         known = [name for name in MEASURES if name == "cka" or name in ATTENTION]
         for name in self.measures:
             if name not in known:
                 raise MeasureError(
                     f"unknown measure '{name}'.{suggest(name, known)} Use some of "
-                    f"{', '.join(known)}."
+                    f"{' '.join(known)}."
                 )
         if not self.measures:
             raise MeasureError(f"no measure asked for: use some of {', '.join(known)}")
@@ -110,7 +112,7 @@ def compare(
     device: str = "auto",
     precision: Precision = "fp32",
     limit: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     workers: int = 2,
     progress: bool = True,
 ) -> Comparison:
@@ -131,7 +133,7 @@ def compare(
         device: `auto` (CUDA or MPS where there is one), or a torch device.
         precision: `fp32` (TF32 and autocast off) or `bf16` autocast.
         limit: take the first so many images of the seeded permutation.
-        seed: of the permutation.
+        seed: of the permutation, 0 unless given.
         workers: threads that decode images ahead.
         progress: show a progress bar on stderr where that is a terminal.
 
@@ -143,7 +145,7 @@ def compare(
             a layer that stays silent, features or attention that are not finite.
     """
     settings = Settings(
-        tuple(measures),
+        measures if isinstance(measures, str) else tuple(measures),
         layers,
         tokens,
         estimator,
@@ -154,7 +156,9 @@ def compare(
         workers,
         progress,
     )
-    return _Run(list(models), as_images(images, limit=limit, seed=seed), settings, seed).result()
+    if isinstance(models, Model):
+        raise VitprobeError(f"models are a list: give [model] to compare '{models.name}' alone")
+    return _Run(list(models), as_images(images, limit=limit, seed=seed), settings).result()
 
 
 @dataclass
@@ -162,10 +166,14 @@ class _Run:
     models: list[Model]
     images: Images
     settings: Settings
-    seed: int
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        for model in self.models:
+            if not isinstance(model, Model):
+                raise VitprobeError(
+                    f"cannot compare {type(model).__name__}: make a model of it with load or wrap"
+                )
         names = [model.name for model in self.models]
         if not names:
             raise VitprobeError("no models to compare; give at least one")
@@ -174,7 +182,7 @@ class _Run:
             raise VitprobeError(f"two models are named '{twice}'; give each its own name")
         for model in self.models:
             if "cka" in self.settings.measures:
-                check_convention(model, self.settings.layers)
+                self._note_layers(model)
                 if self.settings.tokens == "cls" and model.anatomy.prefix_tokens == 0:
                     raise MeasureError(
                         f"model '{model.name}' has no class token; use tokens 'patches' or 'mean'"
@@ -201,9 +209,11 @@ class _Run:
             desc="comparing",
             disable=None if self.settings.progress else True,
         )
-        with bar, _precision(self.device, self.settings.precision):
+        with ExitStack() as stack:
+            stack.enter_context(bar)
+            stack.enter_context(_precision(self.device, self.settings.precision))
             for model in self.models:
-                model.module.to(self.device)
+                stack.enter_context(_placed(model.module, self.device))
             blocks = self.images.blocks(
                 views.values(), self.settings.block, workers=self.settings.workers
             )
@@ -273,7 +283,10 @@ class _Run:
             on_features=on_features if "cka" in self.settings.measures else None,
             on_attention=on_attention if self.settings.attention else None,
         )
-        with torch.inference_mode(), recorder:
+        # A module of the user's own may keep what it computes, and could not train with inference
+        # tensors later.
+        grad_off = torch.no_grad() if model.spec == "module" else torch.inference_mode()
+        with grad_off, recorder:
             for start in range(0, count, step):
                 batch = pixels[start : start + step].to(self.device)
                 recorder.run(batch, block.first + start)
@@ -292,17 +305,18 @@ class _Run:
             groups["similarity"] = similarity_dataset(
                 self.features, value=value.numpy(), standard_error=error.numpy(), sums=sums
             )
-            share = self.first_direction.compute().numpy()
-            groups["tokens"] = tokens_dataset(self.features, share)
+            groups["tokens"] = tokens_dataset(
+                self.features,
+                first_direction_share=self.first_direction.compute().numpy(),
+                first_direction_sums=self.first_direction.sums.numpy(),
+            )
             self._note_constant(value)
         if self.settings.attention:
             groups["attention"] = self._attention_group()
             groups |= self._sample_groups()
         self._note_images()
         for model in self.models:
-            assumed = model.describe()["assumed"]
-            if assumed:
-                self.notes.append(f"{model.name}: {', '.join(assumed)} assumed, not read anywhere.")
+            self._note_assumed(model)
         return Comparison.assemble(groups, self._provenance())
 
     def _attention_group(self) -> xr.Dataset:
@@ -355,6 +369,30 @@ class _Run:
                     f"'{self.settings.tokens}', so its CKA is undefined."
                 )
 
+    def _note_assumed(self, model: Model) -> None:
+        assumed = model.describe()["assumed"]
+        if "heads" in assumed:
+            self.notes.append(
+                f"{model.name}: {model.facts['heads'].value} heads assumed, which nothing in the "
+                "file says and which changes every result; give heads=N to state them."
+            )
+        others = [f"{name} {model.facts[name].value}" for name in assumed if name != "heads"]
+        if others:
+            self.notes.append(f"{model.name}: assumed, not read anywhere: {', '.join(others)}.")
+
+    def _note_layers(self, model: Model) -> None:
+        anatomy = model.anatomy
+        followed = convention_of(model, self.settings.layers)
+        if followed != self.settings.layers:
+            self.notes.append(
+                f"{model.name}: no norm before its attention, so its layers are residual ones."
+            )
+        elif followed == "normed" and anatomy.final_norm is None:
+            self.notes.append(
+                f"{model.name}: no final norm, so its layer {len(anatomy.blocks)} is what the last "
+                "block writes."
+            )
+
     def _note_undefined(
         self, model: Model, measure: AttentionMeasure, layers: dict[int, Any]
     ) -> None:
@@ -369,10 +407,11 @@ class _Run:
         lost = self.images.undecodable
         if lost:
             named = ", ".join(lost[:5]) + (" …" if len(lost) > 5 else "")
-            self.notes.append(
-                f"{len(lost)} images could not be decoded and the next of the permutation took "
-                f"their place: {named}."
+            count = f"{len(lost)} image" + ("s" if len(lost) > 1 else "")
+            place = (
+                "" if self.images.limit is None else ", and the next of the order took its place"
             )
+            self.notes.append(f"{count} could not be decoded{place}: {named}.")
         limit = self.images.limit
         if limit is not None and len(self.images.used) < limit:
             self.notes.append(
@@ -383,7 +422,15 @@ class _Run:
                 f"Biased CKA was summed over {self.cka.blocks} blocks and so depends on the block "
                 "size; it is exact only with one block."
             )
+        if self.images.seed is None:
+            self.notes.append(
+                "The images were taken in the order their source gives; CKA over blocks is biased "
+                "where that order is by class."
+            )
         for model in self.models:
+            dtype = next((p.dtype for p in model.module.parameters()), torch.float32)
+            if dtype != torch.float32:
+                self.notes.append(f"{model.name}: its weights are {dtype}, and so it was run.")
             height, width = model.input_size[1:]
             if height != width:
                 self.notes.append(
@@ -393,11 +440,11 @@ class _Run:
 
     def _provenance(self) -> dict[str, Any]:
         settings = self.settings
-        measured = [name for name in settings.measures if name not in ATTENTION]
+        cka = ("cka",) if "cka" in settings.measures else ()
         return {
             **provenance.collect(),
             "models": [model.describe() for model in self.models],
-            "measures": [*measured, *settings.attention],
+            "measures": [*cka, *settings.attention],
             "layers": settings.layers,
             "tokens": settings.tokens,
             "estimator": settings.estimator,
@@ -406,11 +453,13 @@ class _Run:
             "batch_size": settings.batch_size,
             "device": str(self.device),
             "precision": settings.precision,
-            "seed": self.seed,
+            "seed": self.images.seed,
             "preprocessing": "centre square; bicubic, antialiased; each model's own mean and std",
             "images": {
                 "source": self.images.source,
                 "count": len(self.images.used),
+                "limit": self.images.limit,
+                "order": "as given" if self.images.seed is None else "permuted by the seed",
                 "sha256": self.images.sha256,
                 "undecodable": list(self.images.undecodable),
             },
@@ -431,14 +480,41 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def _exact_settings() -> list[tuple[Any, str, Any]]:
+    """Where torch keeps whether single precision may be rounded to TF32 or bf16, and the value
+    that forbids it: (holder, attribute, value). Torch forbids mixing its older and newer ones."""
+    backends: Any = torch.backends
+    if hasattr(backends.cuda.matmul, "fp32_precision"):
+        holders = [backends.cuda.matmul, backends.cudnn.conv]
+        holders += [backends.mkldnn.matmul, backends.mkldnn.conv]
+        return [(holder, "fp32_precision", "ieee") for holder in holders]
+    return [(holder, "allow_tf32", False) for holder in (backends.cuda.matmul, backends.cudnn)]
+
+
 @contextmanager
 def _precision(device: torch.device, precision: Precision) -> Iterator[None]:
-    """fp32 with TF32 and autocast off, or bf16 autocast; restored afterwards."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    """fp32 with TF32 and autocast off, or bf16 autocast; torch's settings restored afterwards."""
+    before: list[tuple[Any, str, Any]] = []
     try:
+        for holder, name, exact in _exact_settings():
+            before.append((holder, name, getattr(holder, name)))
+            setattr(holder, name, exact)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
             yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        for holder, name, value in before:
+            setattr(holder, name, value)
+
+
+@contextmanager
+def _placed(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """A module on `device` in eval mode; back where and how it was afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    home = next((parameter.device for parameter in module.parameters()), device)
+    try:
+        module.eval().to(device)
+        yield
+    finally:
+        module.to(home)
+        for part, training in modes:
+            part.training = training

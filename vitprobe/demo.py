@@ -14,11 +14,12 @@ from vitprobe.report import report
 from vitprobe.training import pretrain
 
 RECIPES = {"MAE": "digits_mae", "Supervised": "digits_supervised"}
+UNTRAINED = {"epochs": 0}
 
 
 def demo(out: str | Path, *, force: bool = False) -> Path:
-    """Train an MAE and a supervised ViT on scikit-learn's digits, compare them and a random
-    initialisation on the test images, and write the report. Nothing is downloaded.
+    """Train an MAE and a supervised ViT on scikit-learn's digits, compare them and their untrained
+    start on the test images, and write the report. Nothing is downloaded.
 
     Args:
         out: folder for `runs/` and `report/`.
@@ -35,12 +36,19 @@ def demo(out: str | Path, *, force: bool = False) -> Path:
         raise ResultError(f"'{out}' exists; give another --out, or --force to replace it")
     models = []
     for name, recipe in RECIPES.items():
-        print(f"training {name} on handwritten digits ({recipe})", file=sys.stderr)  # noqa: T201
+        _say(f"training {name} on handwritten digits ({recipe})")
         models.append(load(pretrain(recipe, out / "runs" / recipe, force=force), name=name))
-    first = out / "runs" / next(iter(RECIPES.values())) / "encoder.safetensors"
-    models.append(load(f"init:{first}", name="Random"))
+        metrics = (models[-1].training or {})["metrics"]
+        _say(", ".join(f"{key} {value:.3f}" for key, value in metrics.items()))
+    untrained = pretrain("digits_mae", out / "runs" / "untrained", overrides=UNTRAINED, force=force)
+    models.append(load(untrained, name="Untrained"))
+    _say("comparing them on the test images")
     digits = load_labelled("digits")
     pictures = images(digits.images[digits.test])
     pictures.source = "scikit-learn's digits, test images"
     result = compare(models, pictures)
     return report(result, out / "report", force=force)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)  # noqa: T201

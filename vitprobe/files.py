@@ -19,6 +19,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         ResultError: the file cannot be written.
     """
+    if not path.parent.is_dir():
+        raise ResultError(f"cannot write '{path}': there is no folder '{path.parent}'")
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield partial

@@ -118,6 +118,8 @@ class Comparison:
         """
         if measure != "cka":
             raise ResultError(f"intervals are kept for 'cka', not for '{measure}'")
+        if not 0 < level < 1:
+            raise ResultError(f"a level of {level} is no probability; give one such as 0.95")
         value = self._pair("cka", a, b)
         margin = float(norm.ppf((1 + level) / 2)) * self._pair("cka_standard_error", a, b)
         return value - margin, (value + margin).clip(max=1)
@@ -217,8 +219,8 @@ class Comparison:
         if measure == "cka":
             return self._similarity_table()
         if measure == "first_direction_share":
-            tokens = self._group("tokens", "cka").to_dataframe().reset_index(drop=True)
-            return tokens[["model", "layer", "first_direction_share"]]
+            share = self._group("tokens", "cka")["first_direction_share"]
+            return share.to_dataframe().reset_index(drop=True)
         dataset = self._group("attention", measure)
         values = dataset[measure].astype(float)
         table = pd.DataFrame({key: dataset[key].values for key in ("model", "layer", "head")})
@@ -359,11 +361,25 @@ def similarity_dataset(
     )
 
 
-def tokens_dataset(features: Sequence[Feature], first_direction_share: np.ndarray) -> xr.Dataset:
-    """The `tokens` group, one number per feature."""
+def tokens_dataset(
+    features: Sequence[Feature],
+    *,
+    first_direction_share: np.ndarray,
+    first_direction_sums: np.ndarray,
+) -> xr.Dataset:
+    """The `tokens` group.
+
+    Args:
+        features: (model, layer) of each row.
+        first_direction_share: (features,).
+        first_direction_sums: (features, 2), the leading eigenvalue and the trace that it divides.
+    """
     attrs = {"long_name": "share of variance along the first direction", "units": "1"}
     return xr.Dataset(
-        {"first_direction_share": ("feature", first_direction_share, attrs)},
+        {
+            "first_direction_share": ("feature", first_direction_share, attrs),
+            "first_direction_sums": (("feature", "sum"), first_direction_sums),
+        },
         coords={
             "model": ("feature", [model for model, _ in features]),
             "layer": ("feature", [layer for _, layer in features]),

@@ -81,6 +81,56 @@ def test_an_undecodable_image_is_named_and_replaced(folder):
     assert found.used == [name for name in everything.used if name != bad][:5]
 
 
+def test_damaged_and_encrypted_members_are_undecodable(folder, tmp_path):
+    archive = tmp_path / "set.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as zipped:
+        for path in sorted(folder.glob("*/*.png")):
+            zipped.write(path, path.relative_to(folder))
+    with zipfile.ZipFile(archive) as zipped:
+        damaged, encrypted = zipped.infolist()[:2]
+    content = bytearray(archive.read_bytes())
+    start = damaged.header_offset + 30 + len(damaged.filename)
+    content[start : start + 40] = b"\xff" * 40
+    # The flag that says a member is encrypted, in the central directory.
+    entry = content.index(b"PK\x01\x02", content.index(b"PK\x01\x02") + 4)
+    content[entry + 8] |= 1
+    archive.write_bytes(content)
+    found, _ = read(archive)
+    assert sorted(found.undecodable) == [damaged.filename, encrypted.filename]
+    assert len(found.used) == 10
+
+
+def test_a_tar_cut_short(folder, tmp_path):
+    subprocess.run(["tar", "cf", tmp_path / "set.tar", "-C", folder, "cat"], check=True)
+    content = (tmp_path / "set.tar").read_bytes()
+    (tmp_path / "set.tar").write_bytes(content[: len(content) // 3])
+    with pytest.raises(DataError, match=r"set.tar"):
+        read(tmp_path / "set.tar")
+
+
+def test_files_that_are_listed_are_read_whatever_their_ending(folder):
+    odd = folder / "cat" / "00.picture"
+    (folder / "cat" / "00.png").rename(odd)
+    found, _ = read([odd, folder / "cat" / "01.png"])
+    assert sorted(found.used) == ["00.picture", "01.png"]
+
+
+def test_absolute_and_relative_members(folder, tmp_path):
+    archive = tmp_path / "set.zip"
+    with zipfile.ZipFile(archive, "w") as zipped:
+        zipped.write(folder / "cat" / "00.png", "/a/00.png")
+        zipped.write(folder / "cat" / "01.png", "b/01.png")
+    assert len(read(archive)[0].used) == 2
+
+
+def test_grey_floats_beyond_one_are_undecodable(tmp_path):
+    for name, top in (("fine", 1), ("wrong", 255)):
+        values = np.linspace(0, top, 81, dtype=np.float32).reshape(9, 9)
+        Image.fromarray(values).save(tmp_path / f"{name}.tif")
+    found, _ = read(tmp_path)
+    assert (found.used, found.undecodable) == (["fine.tif"], ["wrong.tif"])
+
+
 def test_no_decodable_image(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.jpg").write_bytes(b"not a picture")
@@ -158,6 +208,7 @@ def test_data_loader(folder):
         (torch.zeros(4, 3, 8, 8, dtype=torch.uint8), "give floats in"),
         (torch.full((4, 3, 8, 8), torch.nan), "give floats in"),
         (42, "cannot read images from int"),
+        (torch.zeros(0, 3, 8, 8), "gives no images"),
         (["missing.png"], "no image file"),
     ],
 )
@@ -176,5 +227,11 @@ def test_more_refusals(tmp_path, folder):
         images(tmp_path / "x.bin")
     with pytest.raises(DataError, match="a limit of 0 images leaves none"):
         images(folder, limit=0)
+    with pytest.raises(DataError, match="a seed of -1"):
+        images(folder, seed=-1)
+    with pytest.raises(DataError, match="have their limit and seed already"):
+        images(images(folder), limit=3)
+    with pytest.raises(DataError, match="a seed has no meaning for it"):
+        images(torch.utils.data.DataLoader(torch.rand(4, 3, 8, 8)), seed=1)
     with pytest.raises(DataError, match="is listed twice"):
         images([folder / "cat" / "00.png"] * 2)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from itertools import pairwise
@@ -186,6 +187,10 @@ def test_merging_is_a_union_of_images(name):
     assert np.array_equal(second.compute()[0].mean, whole.mean)
     with pytest.raises(MeasureError, match="image 0 is in both parts"):
         second.merge(first)
+    overlapping = STREAMING[name]()
+    overlapping.update(next(chunks(attention[1:2], 1, (3, 4))))
+    with pytest.raises(MeasureError, match="image 0 is in both parts"):
+        overlapping.merge(second)
 
 
 @pytest.mark.parametrize("name", STREAMING)
@@ -197,6 +202,17 @@ def test_relative_units_are_one_under_uniform_attention(name):
         assert level is None
     else:
         assert stream(name, chunks(attention, 2, (3, 4))).mean == pytest.approx(level, rel=1e-6)
+
+
+def test_state_is_small_and_grows_with_images_only():
+    measure = STREAMING["attention_entropy"]()
+    attention = maps(4, heads=8)
+    for first in range(0, 4000, 4):
+        for part in chunks(attention, 1, (3, 4)):
+            measure.update(dataclasses.replace(part, first_image=first))
+    held = sum(array.nbytes for array in measure._sums.values())
+    assert held <= 2 * 12 * 4000 * 8
+    assert measure.compute()[0].mean.shape == (4000, 8)
 
 
 def test_every_measure_says_what_it_is():

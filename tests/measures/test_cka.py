@@ -113,7 +113,7 @@ def test_any_shape(n, p, q, seed):
         (np.ones(5), np.eye(5), {}, r"x has shape \(5,\)"),
         (np.eye(5), np.eye(5), {"kernel": "cosine"}, "unknown CKA kernel 'cosine'"),
         (np.eye(5), np.eye(5), {"estimator": "mle"}, "unknown CKA estimator 'mle'"),
-        ("abc", np.eye(5), {}, "expected a torch tensor or numeric numpy array"),
+        ("abc", np.eye(5), {}, "expected a torch tensor or numpy array of real numbers, got str"),
         (np.repeat([[0.0], [1.0]], [9, 1], 0), np.eye(10), {"kernel": "rbf"}, "bandwidth is zero"),
     ],
 )

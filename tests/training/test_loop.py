@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
+from vitprobe.data.labelled import load_labelled
 from vitprobe.errors import CheckpointError, DataError, RecipeError, ResultError
 from vitprobe.training import Recipe, Terminated, load_recipe, pretrain
 from vitprobe.training.loop import Run
@@ -332,3 +333,32 @@ def test_a_gpu_run_starts_from_the_same_weights_and_learns_the_same(tmp_path: Pa
         pretrain(recipe, tmp_path / device, device=device, progress=False)
         losses.append(_log(tmp_path / device)[-1]["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_no_epochs_leave_the_untrained_start(tmp_path: Path) -> None:
+    first = pretrain("digits_mae", tmp_path / "a", overrides={"epochs": 0}, progress=False)
+    trained = load_recipe("digits_mae", overrides={"epochs": 1})
+    start = Run(trained, load_labelled("digits"), torch.device("cpu")).method.encoder.state_dict()
+    with safe_open(first, "pt") as file:
+        assert all(torch.equal(file.get_tensor(name), start[name]) for name in start)
+        assert json.loads(file.metadata()["vitprobe"])["metrics"] == {}
+
+
+def test_resume_without_its_log_is_refused(tmp_path: Path) -> None:
+    overrides = {"epochs": 1, "batch_size": 256}
+    pretrain("digits_mae", tmp_path / "a", overrides=overrides, progress=False)
+    (tmp_path / "a" / "log.jsonl").unlink()
+    with pytest.raises(CheckpointError, match="has lines for 0 of the 1 epochs"):
+        pretrain("digits_mae", tmp_path / "a", overrides=overrides, resume=True, progress=False)
+
+
+def test_threads_are_the_recipes_and_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(Run, "advance", lambda self: seen.append(torch.get_num_threads()) or 1 / 0)
+    before = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError):
+        pretrain("digits_mae", tmp_path / "a", progress=False)
+    assert seen == [1]
+    assert torch.get_num_threads() == before

@@ -55,7 +55,7 @@ def test_overrides_reach_every_table_and_data_has_its_own_argument() -> None:
         ({"epochs.x": 3}, "'epochs' is not a table"),
         ({"epochs": 2.5}, "epochs must be a whole number, not 2.5"),
         ({"epochs": True}, "epochs must be a whole number, not True"),
-        ({"epochs": 0}, "epochs must be at least 1, not 0"),
+        ({"epochs": -1}, "epochs must be at least 0, not -1"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"optimizer.lr": "fast"}, "optimizer.lr must be a finite number, not 'fast'"),
         ({"optimizer.lr": float("nan")}, "optimizer.lr must be a finite number"),

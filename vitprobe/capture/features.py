@@ -21,16 +21,18 @@ def feature_layers(anatomy: Anatomy) -> range:
     return range(len(anatomy.blocks) + 1)
 
 
-def check_convention(model: Model, convention: Convention) -> None:
-    """Raise CaptureError where a model has no layers under a convention."""
-    if convention not in ("normed", "residual"):
-        raise CaptureError(f"unknown layers '{convention}': use 'normed' or 'residual'")
+def convention_of(model: Model, asked: Convention) -> Convention:
+    """The convention a model's layers follow: the one asked for, where the model has it.
+
+    A model without a norm before its attention has residual layers only.
+
+    Raises:
+        CaptureError: no such convention.
+    """
+    if asked not in ("normed", "residual"):
+        raise CaptureError(f"unknown layers '{asked}': use 'normed' or 'residual'")
     anatomy = model.anatomy
-    if convention == "normed" and (not anatomy.pre_norm or None in anatomy.norms):
-        raise CaptureError(
-            f"model '{model.name}' has no norm before its attention, so its layers are 'residual' "
-            "only; ask for residual layers for all models"
-        )
+    return asked if anatomy.pre_norm and None not in anatomy.norms else "residual"
 
 
 def hook_features(
@@ -40,12 +42,13 @@ def hook_features(
 
     `normed`: layer i < L is what block i's attention reads, layer L the model's final norm, applied
     to every token where the model itself applies it after pooling. `residual`: layer 0 is what
-    block 0 reads, layer i what block i - 1 writes.
+    block 0 reads, layer i what block i - 1 writes. A model without pre-norm is always `residual`;
+    without a final norm, layer L of `normed` is what the last block writes.
 
     Raises:
-        CaptureError: the model has no such layers.
+        CaptureError: no such convention.
     """
-    check_convention(model, convention)
+    convention = convention_of(model, convention)
     anatomy = model.anatomy
     modules = dict(model.module.named_modules())
     last = len(anatomy.blocks)

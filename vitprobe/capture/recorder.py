@@ -83,6 +83,9 @@ class Recorder:
         layers = len(feature_layers(self.model.anatomy))
         self._seen = [0] * layers
         inputs = self.model.normalize(images)
+        parameter = next(self.model.module.parameters(), inputs)
+        if parameter.is_floating_point():
+            inputs = inputs.to(parameter.dtype)
         if self._tap is None:
             output = self.model.module(inputs)
         else:

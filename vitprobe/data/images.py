@@ -33,7 +33,8 @@ from torch import Tensor
 from vitprobe.errors import DataError
 
 EXTENSIONS: Final = frozenset(
-    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+    {".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff"}
+    | {".webp"}
 )
 MINIMUM_TAIL: Final = 32
 """A last block of fewer images than this joins the block before it."""
@@ -73,13 +74,18 @@ class Images:
 
     source: str
     names: Sequence[str] | None
-    """Names in processing order, or None where the source cannot be indexed."""
+    """Names in processing order, or None where the source keeps its own order."""
     _open: Callable[[], Iterator[tuple[str, Read]]]
     limit: int | None = None
-    seed: int = 0
+    seed: int | None = None
+    """Of the permutation; None where the source keeps its own order."""
     undecodable: list[str] = field(default_factory=list)
     used: list[str] = field(default_factory=list)
     _digest: Any = field(default_factory=hashlib.sha256)
+
+    def __repr__(self) -> str:
+        known = "" if self.names is None else f", {len(self)} images"
+        return f"Images('{self.source}'{known})"
 
     @property
     def sha256(self) -> str:
@@ -118,7 +124,8 @@ class Images:
         most = size + tail if self.names is None else min(size + tail, len(self))
         held = _room(wanted, most)
         count = first = 0
-        for tensors in self._decoded(wanted, workers):
+        # A block ahead: the next one is decoded while the models run on this one.
+        for tensors in self._decoded(wanted, workers, most_ahead=most):
             for view, tensor in tensors.items():
                 held[view][count] = tensor
             count += 1
@@ -137,15 +144,16 @@ class Images:
         names = tuple(self.used[first : first + count])
         return Block(first, names, {view: tensor[:count] for view, tensor in held.items()})
 
-    def _decoded(self, views: list[View], workers: int) -> Iterator[dict[View, Tensor]]:
-        def decode(read: Read) -> tuple[bytes, dict[View, Tensor]] | str:
+    def _decoded(
+        self, views: list[View], workers: int, most_ahead: int
+    ) -> Iterator[dict[View, Tensor]]:
+        def decode(read: Read) -> tuple[bytes, dict[View, Tensor]] | None:
             try:
                 content, image = read()
                 square = _square(image)
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                return str(error)
-            except (zipfile.BadZipFile, EOFError) as error:
-                return str(error)
+            except Exception:
+                # Pillow and the archive modules raise whatever damaged bytes lead them to.
+                return None
             return hashlib.sha256(content).digest(), {view: resize(square, view) for view in views}
 
         with ExitStack() as stack:
@@ -155,7 +163,7 @@ class Images:
             items = self._open()
             exhausted = False
             while self.limit is None or len(self.used) < self.limit:
-                while not exhausted and len(ahead) < 4 * max(1, workers):
+                while not exhausted and len(ahead) < most_ahead:
                     try:
                         name, read = next(items)
                     except StopIteration:
@@ -166,7 +174,7 @@ class Images:
                     return
                 name, future = ahead.popleft()
                 result = future.result()
-                if isinstance(result, str):
+                if result is None:
                     self.undecodable.append(name)
                     continue
                 digest, tensors = result
@@ -175,7 +183,7 @@ class Images:
                 yield tensors
 
 
-def images(source: Any, *, limit: int | None = None, seed: int = 0) -> Images:
+def images(source: Any, *, limit: int | None = None, seed: int | None = None) -> Images:
     """Images to compare models on.
 
     Args:
@@ -183,24 +191,32 @@ def images(source: Any, *, limit: int | None = None, seed: int = 0) -> Images:
             a sequence of image files, an array or tensor (n, channels, height, width) of squares in
             [0, 1], a DataLoader of such batches, or the result of this function.
         limit: take the first so many of the permutation.
-        seed: of the permutation. A DataLoader keeps its own order.
+        seed: of the permutation, 0 unless given. A DataLoader keeps its own order.
 
     Returns:
         The images; nothing is decoded yet.
 
     Raises:
-        DataError: no such file, no images in it, or not a source of images.
+        DataError: no such file, no images in it, or not a source of images; a limit or seed for a
+            source that has its own already.
     """
     if limit is not None and limit < 1:
         raise DataError(f"a limit of {limit} images leaves none; give 1 or more")
+    if seed is not None and seed < 0:
+        raise DataError(f"a seed of {seed} is none; give 0 or more")
     if isinstance(source, Images):
+        if limit is not None or seed is not None:
+            raise DataError("these images have their limit and seed already; give them to 'images'")
         return source
+    if isinstance(source, torch.utils.data.DataLoader):
+        if seed is not None:
+            raise DataError("a DataLoader keeps its own order, so a seed has no meaning for it")
+        return _from_loader(source, limit)
+    seed = seed or 0
     if isinstance(source, (str, os.PathLike)):
         return _from_path(Path(source), limit, seed)
     if isinstance(source, (np.ndarray, Tensor)):
         return _from_array(source, limit, seed)
-    if isinstance(source, torch.utils.data.DataLoader):
-        return _from_loader(source, limit, seed)
     if (
         isinstance(source, Sequence)
         and source
@@ -236,7 +252,10 @@ def resize(square: Tensor, view: View) -> Tensor:
 
 
 def _square(image: Image.Image | Tensor) -> Tensor:
-    """The centre square as floats in [0, 1]: (1 or 3, side, side)."""
+    """The centre square as floats in [0, 1]: (1 or 3, side, side).
+
+    Of the pixels as stored: an EXIF orientation is not applied, as in common evaluation code.
+    """
     if isinstance(image, Tensor):
         return image
     side = min(image.size)
@@ -244,8 +263,10 @@ def _square(image: Image.Image | Tensor) -> Tensor:
     image = image.crop((left, top, left + side, top + side))
     if image.mode.startswith(("I", "F")):
         values = torch.from_numpy(np.asarray(image, dtype=np.float32).copy())
-        top_value = 65535.0 if image.mode.startswith("I") else 1.0
-        return (values / top_value).clamp(0, 1)[None]
+        values = values / 65535 if image.mode.startswith("I") else values
+        if not (values.min() >= 0 and values.max() <= 1):
+            raise ValueError("grey values beyond what 16 bits or floats in [0, 1] can hold")
+        return values[None]
     pixels = np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
     tensor = torch.from_numpy(pixels.copy()).float() / 255
     return tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1).contiguous()
@@ -280,31 +301,45 @@ def _from_path(path: Path, limit: int | None, seed: int) -> Images:
             if _is_image(file.relative_to(path).as_posix()) and file.is_file()
         )
         return _from_files(str(path), files, lambda file: (path / file).read_bytes(), limit, seed)
-    if zipfile.is_zipfile(path):
-        archive = zipfile.ZipFile(path)
-        members = [info.filename for info in archive.infolist() if not info.is_dir()]
-        found = _from_files(str(path), members, _locked(archive.read), limit, seed)
-        weakref.finalize(found, archive.close)
-        return found
-    if path.suffix.lower() in EXTENSIONS:
-        return _from_list([path], str(path), limit, seed)
     try:
-        tar = tarfile.open(path, "r:")  # noqa: SIM115 - read from for as long as the images are
-    except tarfile.TarError:
+        if zipfile.is_zipfile(path):
+            return _from_zip(path, limit, seed)
+        if path.suffix.lower() in EXTENSIONS:
+            return _from_list([path], str(path), limit, seed)
         if path.suffix.lower() in (".txt", ".lst", ".list"):
             return _from_list(_listed_files(path), str(path), limit, seed)
-        raise DataError(
-            f"'{path}' is no source of images: give a folder, a zip, an uncompressed tar, an "
-            "image, or a .txt file that lists images"
-        ) from None
-    files = [member.name for member in tar.getmembers() if member.isfile()]
+        return _from_tar(path, limit, seed)
+    except (OSError, zipfile.BadZipFile, tarfile.TarError) as error:
+        raise DataError(f"cannot read images from '{path}': {error}") from error
 
-    def extract(name: str) -> bytes:
-        member = tar.extractfile(name)
-        return member.read() if member is not None else b""
 
-    found = _from_files(str(path), files, _locked(extract), limit, seed)
-    weakref.finalize(found, tar.close)
+def _from_zip(path: Path, limit: int | None, seed: int) -> Images:
+    with ExitStack() as stack:
+        archive = stack.enter_context(zipfile.ZipFile(path))
+        members = [info.filename for info in archive.infolist() if not info.is_dir()]
+        found = _from_files(str(path), members, _locked(archive.read), limit, seed)
+        # Open for as long as the images are.
+        weakref.finalize(found, stack.pop_all().close)
+    return found
+
+
+def _from_tar(path: Path, limit: int | None, seed: int) -> Images:
+    with ExitStack() as stack:
+        try:
+            tar = stack.enter_context(tarfile.open(path, "r:"))
+        except tarfile.ReadError:
+            raise DataError(
+                f"'{path}' is no source of images: give a folder, a zip, an uncompressed tar, an "
+                "image, or a .txt file that lists images"
+            ) from None
+        files = [member.name for member in tar.getmembers() if member.isfile()]
+
+        def extract(name: str) -> bytes:
+            member = tar.extractfile(name)
+            return member.read() if member is not None else b""
+
+        found = _from_files(str(path), files, _locked(extract), limit, seed)
+        weakref.finalize(found, stack.pop_all().close)
     return found
 
 
@@ -326,7 +361,7 @@ def _from_list(paths: list[Path], source: str, limit: int | None, seed: int) -> 
         raise DataError(f"no image file '{missing}', which '{source}' lists")
     root = Path(os.path.commonpath([path.parent for path in absolute])) if absolute else Path()
     files = [path.relative_to(root).as_posix() for path in absolute]
-    return _from_files(source, files, lambda file: (root / file).read_bytes(), limit, seed)
+    return _ordered(source, files, lambda file: (root / file).read_bytes(), limit, seed)
 
 
 def _is_image(name: str) -> bool:
@@ -351,9 +386,16 @@ def _from_files(
     members = [name for name in files if _is_image(name)]
     if not members:
         raise DataError(f"'{source}' holds no image files ({', '.join(sorted(EXTENSIONS))})")
-    parents = [PurePosixPath(name).parent.as_posix() for name in members]
-    shared = os.path.commonpath(parents)
-    by_name = {os.path.relpath(name, shared or "."): name for name in members}
+    return _ordered(source, members, read, limit, seed)
+
+
+def _ordered(
+    source: str, members: list[str], read: Callable[[str], bytes], limit: int | None, seed: int
+) -> Images:
+    """Images of these files, in the seeded permutation of their sorted relative paths."""
+    # An archive may mix absolute names and relative ones; all are taken from its root.
+    shared = os.path.commonpath([f"/{name}".rpartition("/")[0] or "/" for name in members])
+    by_name = {os.path.relpath(f"/{name}", shared): name for name in members}
     ordered = sorted(by_name)
     names = [ordered[i] for i in _permuted(len(ordered), seed)]
 
@@ -375,16 +417,18 @@ def _from_array(array: np.ndarray | Tensor, limit: int | None, seed: int) -> Ima
     return Images("array", [str(i) for i in order], items, limit, seed)
 
 
-def _from_loader(loader: Iterable[Any], limit: int | None, seed: int) -> Images:
+def _from_loader(loader: Iterable[Any], limit: int | None) -> Images:
     def items() -> Iterator[tuple[str, Read]]:
         count = 0
-        for batch in loader:
+        with torch.random.fork_rng(devices=[]):  # an iterator draws its seed from the global one
+            batches = iter(loader)
+        for batch in batches:
             batch = batch[0] if isinstance(batch, (tuple, list)) else batch
             for image in _checked_batch(batch, "DataLoader"):
                 yield str(count), partial(_read_tensor, image)
                 count += 1
 
-    return Images("DataLoader", None, items, limit, seed)
+    return Images("DataLoader", None, items, limit, None)
 
 
 def _checked_batch(batch: Any, source: str) -> Tensor:
@@ -398,6 +442,8 @@ def _checked_batch(batch: Any, source: str) -> Tensor:
             f"the {source} gives images of {batch.shape[2]} x {batch.shape[3]} pixels: crop them "
             "to the square that all models are to see"
         )
+    if len(batch) == 0:
+        raise DataError(f"the {source} gives no images")
     if not batch.is_floating_point() or batch.isnan().any() or batch.min() < 0 or batch.max() > 1:
         raise DataError(
             f"the {source} gives {batch.dtype} values from {float(batch.min()):g} to "

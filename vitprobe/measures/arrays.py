@@ -22,8 +22,9 @@ def to_tensor(array: Array) -> Tensor:
     """
     if isinstance(array, np.ndarray) and array.dtype.kind in "fiub":
         array = torch.from_numpy(np.ascontiguousarray(array))
-    if not isinstance(array, Tensor):
-        raise MeasureError(f"expected a torch tensor or numeric numpy array, got {type(array)!r}")
+    if not isinstance(array, Tensor) or array.is_complex():
+        kind = getattr(array, "dtype", type(array).__name__)
+        raise MeasureError(f"expected a torch tensor or numpy array of real numbers, got {kind}")
     array = array.detach()
     return array if array.dtype in (torch.float32, torch.float64) else array.float()
 

@@ -230,19 +230,21 @@ class PerImage(NamedTuple):
     """(images, heads) int32, query rows left out of the mean."""
 
 
+_ROW_SUMS = np.dtype([("total", np.float32), ("defined", np.int32), ("undefined", np.int32)])
+
+
 class AttentionMeasure(Measure):
     """A mean over query rows, kept for every image, layer and head.
 
-    Per-image means are what paired comparisons between models need. Images are keyed by their index
-    in the run, so merging is a union and exact.
+    Per-image means are what paired comparisons between models need. The state is 12 bytes an image
+    and head; images are keyed by their index in the run, so merging is a union and exact.
     """
 
     info: ClassVar[Info]
 
     def __init__(self) -> None:
-        # By layer, (3, capacity, heads): sum over defined rows, defined rows, undefined rows. A few
-        # large arrays that grow seldom: a small tensor kept for every chunk, allocated between the
-        # chunk's own large ones, would keep the allocator from ever giving those back.
+        # A few large arrays that grow seldom: a small tensor kept for every chunk, allocated
+        # between the chunk's own large ones, would keep the allocator from giving those back.
         self._sums: dict[int, np.ndarray] = {}
 
     @abstractmethod
@@ -268,18 +270,18 @@ class AttentionMeasure(Measure):
             raise MeasureError(f"attention is NaN in layer {chunk.layer}")
         images, heads = rows.shape[:2]
         last = chunk.first_image + images
-        sums = self._room(chunk.layer, last, heads)[:, chunk.first_image : last]
-        sums[0] += rows.nan_to_num(0).sum(-1, dtype=torch.float64).cpu().numpy()
-        sums[1] += defined.sum(-1).cpu().numpy()
-        sums[2] += (~defined).sum(-1).cpu().numpy()
+        sums = self._room(chunk.layer, last, heads)[chunk.first_image : last]
+        sums["total"] += rows.nan_to_num(0).sum(-1).cpu().numpy()
+        sums["defined"] += defined.sum(-1).cpu().numpy()
+        sums["undefined"] += (~defined).sum(-1).cpu().numpy()
 
     def _room(self, layer: int, images: int, heads: int) -> np.ndarray:
         """The sums of a layer, with room for so many images."""
         sums = self._sums.get(layer)
-        if sums is None or sums.shape[1] < images:
-            grown = np.zeros((3, max(1024, 2 * images), heads))
+        if sums is None or len(sums) < images:
+            grown = np.zeros((max(1024, 2 * images), heads), _ROW_SUMS)
             if sums is not None:
-                grown[:, : sums.shape[1]] = sums
+                grown[: len(sums)] = sums
             self._sums[layer] = sums = grown
         return sums
 
@@ -290,28 +292,29 @@ class AttentionMeasure(Measure):
             MeasureError: an image that both have seen.
         """
         for layer, theirs in other._sums.items():
-            ours = self._room(layer, theirs.shape[1], theirs.shape[2])[:, : theirs.shape[1]]
+            ours = self._room(layer, *theirs.shape)[: len(theirs)]
             shared = np.flatnonzero(_seen(ours) & _seen(theirs))
             if len(shared):
                 raise MeasureError(
                     f"{self.info.name}: image {shared[0]} is in both parts to be merged"
                 )
-            ours += theirs
+            ours[_seen(theirs)] = theirs[_seen(theirs)]
 
     def compute(self) -> dict[int, PerImage]:
         """Per-image means of every layer, images in order of the run."""
         layers: dict[int, PerImage] = {}
         for layer in sorted(self._sums):
             sums = self._sums[layer]
-            total, defined, undefined = sums[:, _seen(sums)]
+            seen = sums[_seen(sums)]
+            total, defined = seen["total"], seen["defined"]
             mean = np.divide(total, defined, out=np.full_like(total, np.nan), where=defined > 0)
-            layers[layer] = PerImage(mean.astype(np.float32), undefined.astype(np.int32))
+            layers[layer] = PerImage(mean, seen["undefined"].copy())
         return layers
 
 
 def _seen(sums: np.ndarray) -> np.ndarray:
     """Which images have rows, defined or not."""
-    return (sums[1:] > 0).any(axis=(0, 2))
+    return np.asarray((sums["defined"] + sums["undefined"]).any(axis=1))
 
 
 _INVARIANCES = ("order of images",)

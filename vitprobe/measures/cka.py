@@ -52,7 +52,9 @@ def centered_gram(features: Tensor) -> Tensor:
     x = x if x.dtype == torch.float64 else x.float()
     mean = x.mean(0)
     x = x - mean
-    gram = x @ x.T
+    # Under a caller's autocast the product alone would fall to half precision.
+    with torch.autocast(x.device.type, enabled=False):
+        gram = x @ x.T
     shared = math.sqrt(len(x)) * torch.linalg.vector_norm(mean)
     if gram.trace().sqrt() <= 4 * torch.finfo(x.dtype).eps * shared:
         return torch.zeros_like(gram)
@@ -111,10 +113,14 @@ def h_center(gram: Tensor) -> Tensor:
     return k - k.mean(-2, keepdim=True)
 
 
-def _center(gram: Tensor, estimator: Estimator) -> Tensor:
-    n = gram.shape[-1]
+def _check_estimator(estimator: str) -> None:
     if estimator not in MINIMUM_IMAGES:
         raise MeasureError(f"unknown CKA estimator '{estimator}': use 'unbiased' or 'biased'")
+
+
+def _center(gram: Tensor, estimator: Estimator) -> Tensor:
+    _check_estimator(estimator)
+    n = gram.shape[-1]
     if n < MINIMUM_IMAGES[estimator]:
         raise MeasureError(
             f"{estimator} CKA needs at least {MINIMUM_IMAGES[estimator]} images in a block, got {n}"
@@ -214,6 +220,7 @@ class CKA(Measure):
     )
 
     def __init__(self, layers: int, estimator: Estimator = "unbiased") -> None:
+        _check_estimator(estimator)
         self.estimator: Estimator = estimator
         self.images = 0
         self.blocks = 0
@@ -231,8 +238,10 @@ class CKA(Measure):
         """Add one block given its Gram matrices (layers, n, n), from `centered_gram`.
 
         Raises:
-            MeasureError: fewer images than the estimator needs.
+            MeasureError: fewer images than the estimator needs, or another number of layers.
         """
+        if len(grams) != len(self.products):
+            raise MeasureError(f"{len(grams)} layers given to CKA sums of {len(self.products)}")
         if grams.device.type == "mps":
             grams = grams.cpu()
         centered = _center(grams, self.estimator)

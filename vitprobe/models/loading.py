@@ -84,6 +84,11 @@ def wrap(
         raise CaptureError(
             f"wrap takes a torch.nn.Module, not {type(module).__name__}; load takes a spec."
         )
+    if input_size is not None and (not isinstance(input_size, tuple) or len(input_size) != 3):
+        raise CaptureError(
+            f"input_size={input_size} of '{name}' is not (channels, height, width), such as "
+            "(3, 224, 224)."
+        )
     module.eval()
     input_size = input_size or find_input_size(module)
     anatomy = find_anatomy(module, input_size)

@@ -57,7 +57,7 @@ class LoadReport:
         }
 
 
-@dataclass
+@dataclass(repr=False)
 class Model:
     """A runnable model and its description.
 
@@ -82,6 +82,13 @@ class Model:
     report: LoadReport | None = None
     sha256: str | None = None
     training: dict[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        facts = ", ".join(
+            f"{name} {self.facts[name].value}" for name in ("width", "depth", "heads")
+        )
+        size = "x".join(map(str, self.input_size))
+        return f"Model('{self.name}' from '{self.spec}': {facts}, input {size})"
 
     def normalize(self, images: Tensor) -> Tensor:
         """Images in [0, 1], (b, c, h, w), as this model was trained to see them."""

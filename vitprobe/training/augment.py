@@ -86,8 +86,9 @@ def crop_boxes(
     """Boxes of a random resized crop (Szegedy et al. 2015), in pixels: (b, 4) top, left, h, w.
 
     Area is uniform in `scale` of the image, width / height log-uniform in `ratio`, drawn up to ten
-    times until the box fits, else as large as fits: torchvision's RandomResizedCrop without its
-    rounding to whole pixels.
+    times until the box fits, as in torchvision's RandomResizedCrop but without rounding to whole
+    pixels. Where none of the ten fits, the first is cut down to the image at a random place
+    (torchvision takes the largest centred box of an allowed ratio).
     """
     area_draw, ratio_draw = draws.uniform("crop size", 2 * _CROP_ATTEMPTS).chunk(2, dim=1)
     area = height * width * (scale[0] + (scale[1] - scale[0]) * area_draw)

@@ -78,7 +78,7 @@ def pretrain(
     resolved = load_recipe(recipe, data=data, overrides=overrides)
     run = Run(resolved, load_labelled(resolved.data), _device(device))
     _prepare(out, run, resume=resume, force=force)
-    with _sigterm() as terminated, _bar(run, progress) as bar:
+    with _threads(resolved.threads), _sigterm() as terminated, _bar(run, progress) as bar:
         while run.step < run.steps:
             run.advance()
             bar.update()
@@ -110,7 +110,7 @@ class Run:
         self.steps_per_epoch = len(data.train) // recipe.batch_size
         self.steps = recipe.epochs * self.steps_per_epoch
         channels = data.images.shape[1]
-        if self.steps == 0:
+        if self.steps_per_epoch == 0:
             raise RecipeError(
                 f"batch_size {recipe.batch_size} is more than the {len(data.train)} training "
                 f"images of {recipe.data!r}; lower it."
@@ -235,7 +235,7 @@ class Run:
 
     def metadata(self, log: Path) -> dict[str, Any]:
         """What the encoder's file says of itself; metrics are those of the last line of `log`."""
-        last = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
+        last = json.loads(_lines(log)[-1]) if self.epoch else {}
         encoder = self.recipe.encoder
         return {
             "architecture": encoder.architecture(self.method.encoder.num_classes),
@@ -279,9 +279,17 @@ def _resume(out: Path, run: Run) -> None:
         ) from error
     # Epochs logged after the state was saved will be run, and logged, again.
     log = out / _LOG
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    kept = [line for line in lines if _step_of(line) <= run.step]
+    kept = [line for line in _lines(log) if _step_of(line) <= run.step]
+    if len(kept) < run.epoch:
+        raise CheckpointError(
+            f"{log} has lines for {len(kept)} of the {run.epoch} epochs that {path} has seen; put "
+            "it back, or start the run again with force."
+        )
     write_text(log, "".join(f"{line}\n" for line in kept))
+
+
+def _lines(log: Path) -> list[str]:
+    return log.read_text(encoding="utf-8").splitlines() if log.exists() else []
 
 
 def _step_of(line: str) -> float:
@@ -322,6 +330,16 @@ def _bar(run: Run, progress: bool) -> tqdm[Any]:
         unit="step",
         disable=None if progress else True,
     )
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -24,7 +24,10 @@ class Recipe:
     """Everything that decides a training run, and so what a checkpoint remembers of it.
 
     data: a source that vitprobe.data.labelled.load_labelled takes.
+    epochs: 0 leaves the encoder as it was initialised, the untrained start of a longer run.
     batch_size: images per update; an incomplete last batch of an epoch is left out.
+    threads: of torch on the CPU, 0 for as many as it chooses. Sums depend on it to the last bit, so
+        a recipe that must give the same numbers on every machine names it.
     save_every: epochs between training states.
     evaluate_every: epochs between evaluations on the test images.
     """
@@ -39,11 +42,13 @@ class Recipe:
     seed: int = 0
     save_every: int = 1
     evaluate_every: int = 10
+    threads: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "save_every", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        least = {"epochs": 0, "batch_size": 1, "save_every": 1, "evaluate_every": 1, "threads": 0}
+        for name, lowest in least.items():
+            if getattr(self, name) < lowest:
+                raise RecipeError(f"{name} must be at least {lowest}, not {getattr(self, name)}.")
         if not 0 <= self.seed < 2**63:
             raise RecipeError(f"seed must be at least 0 and below 2^63, not {self.seed}.")
 
