@@ -7,12 +7,14 @@ import stat
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import torch
 from models_for_tests import squares, tiny
 from PIL import Image
 
+import vitprobe as vp
 from vitprobe import cli
 
 
@@ -38,12 +40,15 @@ def run(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def command(*arguments):
-        before = signal.getsignal(signal.SIGTERM)
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        formatter = warnings.formatwarning
         try:
             with pytest.raises(SystemExit) as stop:
                 cli.main([str(argument) for argument in arguments])
         finally:
-            signal.signal(signal.SIGTERM, before)
+            warnings.formatwarning = formatter
+            for number, handler in before.items():
+                signal.signal(number, handler)
         captured = capsys.readouterr()
         return stop.value.code, captured.out, captured.err
 
@@ -171,7 +176,7 @@ def three_images(tmp_path):
         (lambda tmp_path: None, "no images at 'none'"),
         (empty_folder, "'none' holds no image files"),
         (broken_images, r"none of the images in 'none' can be decoded"),
-        (three_images, "'none' gives 3 images .* needs at least 4"),
+        (three_images, "'none' gives too few images .*, 3: .* needs at least 4"),
     ],
     ids=["missing", "empty", "undecodable", "few"],
 )
@@ -181,6 +186,34 @@ def test_bad_images(run, tmp_path, checkpoint, make, message):
     assert status == 2
     assert re.search(message, err)
     assert set(left_behind(tmp_path)) <= {"none"}
+
+
+def test_names_that_are_no_utf8_and_links(run, photos, checkpoint, tmp_path):
+    os.rename(photos / "00.png", os.fsencode(photos) + b"/\xff0.png")
+    (photos / "more").mkdir()
+    (photos / "01.png").rename(photos / "more" / "01.png")
+    (photos / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "elsewhere").mkdir()
+    (photos / "02.png").rename(tmp_path / "elsewhere" / "02.png")
+    (tmp_path / "elsewhere" / "loop").symlink_to(photos, target_is_directory=True)
+    (photos / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    os.mkfifo(photos / "pipe.png")
+    status, _, err = run("compare", f"{checkpoint},heads=3", "--images", photos, "--out", "out")
+    assert status == 0, err
+    result = vp.open_result(tmp_path / "out" / "results.nc")
+    assert result.provenance["images"]["undecodable"] == ["gone.png"]
+    names = result.per_image("sink_mass", "tiny")["image"].values.tolist()
+    assert len(names) == 12
+    assert {"\\xff0.png", "more/01.png", "linked/02.png"} <= set(names)
+
+
+def test_small_blocks(run, photos, checkpoint, tmp_path):
+    status, _, err = run(
+        "compare", f"{checkpoint},heads=3", "--images", photos, "--out", "out", "--block", 4
+    )
+    assert status == 0, err
+    result = vp.open_result(tmp_path / "out" / "results.nc")
+    assert result.thumbnails().shape[0] == result.samples("tiny").sizes["sample"] == 8
 
 
 def test_some_undecodable_images_are_counted_named_and_replaced(run, photos, checkpoint, tmp_path):
@@ -207,9 +240,14 @@ def test_some_undecodable_images_are_counted_named_and_replaced(run, photos, che
             ["{c}", "--images", "photos", "--out", "out", "--measures", "cca"],
             "unknown measure 'cca'",
         ),
-        (["{c}", "--images", "photos", "--out", "tiny.pth/out"], "cannot write 'tiny.pth/out'"),
+        (["{c}", "--images", "photos", "--out", "tiny.pth/out"], "tiny.pth' is no folder"),
         (["{c}", "--images", "photos"], "--out"),
         (["{c}", "--images", "photos", "--out", "out", "--limit", "x"], "--limit"),
+        (
+            ["{c}", "--images", "photos", "--out", "out", "--dry-run", "--block", "0"],
+            "a block of 0",
+        ),
+        (["{c}", "--images", "photos", "--out", "x" * 300], "cannot"),
         (["{c}", "--models", "no.toml", "--images", "photos", "--out", "out"], "'no.toml'"),
     ],
 )
@@ -277,3 +315,16 @@ def test_interrupted_leaves_nothing(tmp_path, photos, checkpoint, number, status
     assert process.returncode == status, err
     assert b"Traceback" not in err
     assert left_behind(tmp_path) == []
+
+
+def test_force_on_a_folder_that_is_no_report_is_refused_before_the_work(
+    run, photos, checkpoint, tmp_path
+):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    for out in ("mine", "tiny.pth", "photos/00.png"):
+        status, _, err = run(
+            "compare", f"{checkpoint},heads=3", "--images", photos, "--out", out, "--force"
+        )
+        assert (status, err.count("\n")) == (2, 1), err
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "precious"

@@ -265,7 +265,7 @@ def test_nan_weights_name_model_layer_and_block(where, measures, message):
     [
         ({"models": []}, VitprobeError, "no models to compare"),
         ({"models": [tiny("x"), tiny("x")]}, VitprobeError, "two models are named 'x'"),
-        ({"images": squares(3)}, DataError, "gives 3 images .* unbiased CKA needs at least 4"),
+        ({"images": squares(3)}, DataError, "too few images .*, 3: unbiased CKA needs at least 4"),
         ({"measures": ["ckaa"]}, MeasureError, "unknown measure 'ckaa'. Did you mean 'cka'"),
         ({"measures": []}, MeasureError, "no measure asked for"),
         ({"measures": "cka"}, MeasureError, r"give \['cka'\]"),
@@ -278,7 +278,11 @@ def test_nan_weights_name_model_layer_and_block(where, measures, message):
         ({"tokens": "first"}, MeasureError, "unknown tokens 'first'"),
         ({"estimator": "mle"}, MeasureError, "unknown CKA estimator 'mle'"),
         ({"precision": "fp16"}, VitprobeError, "unknown precision 'fp16'"),
-        ({"device": "warp"}, CaptureError, "device 'warp' is not to be had"),
+        ({"device": "warp"}, VitprobeError, "device 'warp' is not to be had"),
+        ({"device": "meta"}, VitprobeError, "device 'meta' is not to be had"),
+        ({"workers": 0}, DataError, "a number of workers of 0"),
+        ({"models": [tiny("x" * 101)]}, VitprobeError, "1 to 100 printable characters"),
+        ({"models": [tiny("a\0b")]}, VitprobeError, "a model cannot be named"),
         (
             {"models": [tiny("x", class_token=False, global_pool="avg")], "tokens": "cls"},
             MeasureError,

@@ -80,11 +80,11 @@ def test_files_that_are_no_results(tmp_path, result):
     with pytest.raises(ResultError, match="no result file"):
         vp.open_result(tmp_path / "none.nc")
     (tmp_path / "text.nc").write_text("hello")
-    with pytest.raises(ResultError, match="is no vitprobe result"):
+    with pytest.raises(ResultError, match="is no whole vitprobe result"):
         vp.open_result(tmp_path / "text.nc")
     path = result.save(tmp_path / "cut.nc")
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(ResultError, match="is no vitprobe result"):
+    with pytest.raises(ResultError, match="is no whole vitprobe result"):
         vp.open_result(path)
     result.tree["similarity"].to_dataset().to_netcdf(tmp_path / "other.nc", engine="h5netcdf")
     with pytest.raises(ResultError, match="is no vitprobe result of format 1"):

@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 import tomllib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,14 +112,27 @@ class Compare:
         for _, spec, _ in entries:
             parse_spec(spec)  # a slip in a spec is told before torch is imported
 
-        from vitprobe.compare import compare
+        from vitprobe.compare import Settings, compare
         from vitprobe.data.images import images
         from vitprobe.models import load
-        from vitprobe.report import report
+        from vitprobe.report import check_folder, report
 
+        if not self.dry_run:
+            check_folder(self.out, force=self.force)
         source = images(self.images, limit=self.limit, seed=self.seed)
         models = [load(spec, name=name, **options) for name, spec, options in entries]
         if self.dry_run:
+            Settings(
+                measures,
+                self.layers,
+                self.tokens,
+                self.estimator,
+                self.block,
+                self.batch_size,
+                self.device,
+                self.precision,
+                self.workers,
+            )
             return _plan(models, len(source), measures)
         result = compare(
             models,
@@ -133,9 +147,10 @@ class Compare:
             precision=self.precision,
             workers=self.workers,
         )
+        page = report(result, self.out, force=self.force)
         for note in result.notes:
             print(f"note: {note}", file=sys.stderr)
-        return str(report(result, self.out, force=self.force))
+        return str(page)
 
 
 @dataclass
@@ -152,9 +167,10 @@ class Report:
     def run(self) -> str:
         check_output(self.out, self.force)
 
-        from vitprobe.report import report
+        from vitprobe.report import check_folder, report
         from vitprobe.results import open_result
 
+        check_folder(self.out, force=self.force)
         return str(report(open_result(self.result), self.out, force=self.force))
 
 
@@ -193,7 +209,7 @@ class Pretrain:
                 device=self.device,
             )
         except Terminated as stop:
-            print(f"vitprobe: {stop}", file=sys.stderr)
+            _complain(str(stop))
             raise
         return str(encoder)
 
@@ -208,44 +224,67 @@ Command = (
 
 
 def check_output(out: Path, force: bool) -> None:
-    """Raise ResultError before any work is done if a report could not be written to `out`."""
+    """Raise ResultError, before torch is imported, where a report plainly cannot go to `out`."""
     if out.exists() and not force:
         raise ResultError(f"'{out}' exists; give another --out, or --force to replace it")
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    if not parent.is_dir():
+        raise ResultError(f"cannot write '{out}': '{parent}' is no folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
         raise ResultError(f"cannot write '{out}': no permission to write in '{parent}'")
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit: 0 done, 2 bad input, 130 Ctrl-C, 143 SIGTERM, 1 a defect."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    warnings.formatwarning = lambda message, *_: f"vitprobe: warning: {_one_line(str(message))}\n"
     try:
         command = _parse(args)
         print(command.run())
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         status = 0
     except VitprobeError as error:
-        print(f"vitprobe: {_one_line(str(error))}", file=sys.stderr)
+        _complain(str(error))
         status = 2
     except KeyboardInterrupt:
-        print("vitprobe: interrupted", file=sys.stderr)
+        _complain("interrupted")
         status = 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
+    except OSError as error:
+        where = f"'{error.filename}': " if error.filename else ""
+        _complain(f"cannot read or write {where}{error.strerror or error}")
+        status = 2
     except Exception as error:
         if os.environ.get("VITPROBE_TRACEBACK"):
             raise
-        what = _one_line(f"{type(error).__name__}: {error}")
-        print(
-            f"vitprobe: {what}. This was not foreseen; set VITPROBE_TRACEBACK=1 to see where it "
-            "happened, and please report it",
-            file=sys.stderr,
+        _complain(
+            f"{type(error).__name__}: {error}. This was not foreseen; set VITPROBE_TRACEBACK=1 to "
+            "see where it happened, and please report it"
         )
         status = 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
     sys.exit(status)
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    """Stop the command, and again a while later should it go on: Python discards an exception that
+    happens to be raised inside a destructor or a weak reference's callback."""
+    signal.signal(signal.SIGALRM, lambda _, frame: _stop(number, frame))
+    signal.setitimer(signal.ITIMER_REAL, 3)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(143)
+
+
+def _complain(text: str) -> None:
+    print(f"vitprobe: {_one_line(text)}", file=sys.stderr)
 
 
 def _parse(args: Sequence[str] | None) -> Any:
@@ -262,7 +301,7 @@ def _parse(args: Sequence[str] | None) -> Any:
             )
     except SystemExit as stop:
         if stop.code == 2:
-            print(f"vitprobe: {_unboxed(errors.getvalue())}", file=sys.stderr)
+            _complain(_unboxed(errors.getvalue()))
         raise
 
 
@@ -307,6 +346,8 @@ def _listed(path: Path) -> list[tuple[str | None, str, dict[str, Any]]]:
                 f"model '{name}' in '{path}' has no spec; write [{name}] spec = \"…\""
             )
         options = {key: value for key, value in table.items() if key != "spec"}
+        if "name" in options:
+            raise SourceError(f"model '{name}' in '{path}' has a key name; its table is its name")
         entries.append((name, table["spec"], options))
     return entries
 
@@ -329,7 +370,3 @@ def _plan(models: Sequence[Model], count: int, measures: Sequence[str]) -> str:
             f"{model.name}: {len(model.anatomy.blocks)} blocks, input {size}, {model.spec}"
         )
     return "\n".join(lines)
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    sys.exit(143)

@@ -24,7 +24,8 @@ from vitprobe.capture.features import Convention, convention_of, feature_layers
 from vitprobe.capture.geometry import plain
 from vitprobe.data.images import Block, Images, View
 from vitprobe.data.images import images as as_images
-from vitprobe.errors import CaptureError, DataError, MeasureError, VitprobeError, suggest
+from vitprobe.devices import find_device
+from vitprobe.errors import DataError, MeasureError, VitprobeError, suggest
 from vitprobe.measures.attention import AttentionChunk, AttentionMeasure
 from vitprobe.measures.cka import (
     CKA,
@@ -44,9 +45,11 @@ from vitprobe.results import (
     similarity_dataset,
     tokens_dataset,
 )
-from vitprobe.samples import SAMPLES, SampleMaps, thumbnails
+from vitprobe.samples import SAMPLES, THUMBNAIL, SampleMaps, thumbnails
 
 DEFAULT_MEASURES: Final = ("cka", "attention_distance", "attention_entropy")
+
+LONGEST_NAME: Final = 100
 
 Precision = Literal["fp32", "bf16"]
 
@@ -87,8 +90,9 @@ class Settings:
                 f"a block of {self.block} images is too small: {self.estimator} CKA needs "
                 f"{MINIMUM_IMAGES[self.estimator]}"
             )
-        if self.batch_size is not None and self.batch_size < 1:
-            raise DataError(f"a batch size of {self.batch_size} is no batch; give 1 or more")
+        for what, number in (("batch size", self.batch_size), ("number of workers", self.workers)):
+            if number is not None and number < 1:
+                raise DataError(f"a {what} of {number} is none; give 1 or more")
         if self.precision not in ("fp32", "bf16"):
             raise VitprobeError(f"unknown precision '{self.precision}': use 'fp32' or 'bf16'")
 
@@ -177,6 +181,12 @@ class _Run:
         names = [model.name for model in self.models]
         if not names:
             raise VitprobeError("no models to compare; give at least one")
+        for name in names:
+            if not name.isprintable() or not 0 < len(name) <= LONGEST_NAME:
+                raise VitprobeError(
+                    f"a model cannot be named {name[:LONGEST_NAME]!r}: give a name of 1 to "
+                    f"{LONGEST_NAME} printable characters"
+                )
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise VitprobeError(f"two models are named '{twice}'; give each its own name")
@@ -187,7 +197,7 @@ class _Run:
                     raise MeasureError(
                         f"model '{model.name}' has no class token; use tokens 'patches' or 'mean'"
                     )
-        self.device = _device(self.settings.device)
+        self.device = find_device(self.settings.device)
         self.features: list[Feature] = [
             (model.name, layer) for model in self.models for layer in feature_layers(model.anatomy)
         ]
@@ -198,7 +208,7 @@ class _Run:
             for model in self.models
         }
         self.samples = {model.name: SampleMaps(model) for model in self.models}
-        self.thumbnails: np.ndarray | None = None
+        self.thumbnails = np.empty((0, THUMBNAIL, THUMBNAIL, 3), np.uint8)
 
     def result(self) -> Comparison:
         views = {model.name: View(*model.input_size) for model in self.models}
@@ -227,8 +237,8 @@ class _Run:
             needed = MINIMUM_IMAGES[self.settings.estimator]
             if len(block.names) < needed:
                 raise DataError(
-                    f"'{self.images.source}' gives {len(block.names)} images that can be decoded; "
-                    f"{self.settings.estimator} CKA needs at least {needed}"
+                    f"'{self.images.source}' gives too few images that can be decoded, "
+                    f"{len(block.names)}: {self.settings.estimator} CKA needs at least {needed}"
                 )
         grams: list[Tensor] = []
         for model in self.models:
@@ -238,8 +248,8 @@ class _Run:
             stacked = torch.stack(grams)
             self.cka.update_grams(stacked)
             self.first_direction.update_grams(stacked)
-        if number == 0:
-            self.thumbnails = thumbnails(block)
+        if len(self.thumbnails) < SAMPLES:
+            self.thumbnails = np.concatenate([self.thumbnails, thumbnails(block)])[:SAMPLES]
 
     def _forward(
         self, model: Model, number: int, block: Block, pixels: Tensor
@@ -465,19 +475,6 @@ class _Run:
             },
             "notes": self.notes,
         }
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise CaptureError(f"device '{name}' is not to be had here; use 'cpu' or 'auto'") from error
-    return device
 
 
 def _exact_settings() -> list[tuple[Any, str, Any]]:

@@ -13,6 +13,7 @@ A `Comparison` holds four groups:
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -269,7 +270,7 @@ class Comparison:
         return np.asarray(dataset[coordinate].values == name)
 
     def _group(self, group: str, measure: str) -> xr.Dataset:
-        known = (*self.measures, "first_direction_share")
+        known = self.measures
         if group not in self.tree.children or measure not in known:
             raise ResultError(
                 f"'{measure}' was not measured in this result.{suggest(measure, known)} "
@@ -325,15 +326,38 @@ def open_result(path: str | Path) -> Comparison:
     if not path.is_file():
         raise ResultError(f"no result file '{path}'")
     try:
-        with xr.open_datatree(path, engine="h5netcdf") as tree:
+        # Files of other programs may lack what netCDF wants; that is said below, in one sentence.
+        with warnings.catch_warnings(action="ignore"), _open(path) as tree:
             if tree.attrs.get("format") != FORMAT:
                 raise ResultError(
                     f"'{path}' is no vitprobe result of format {FORMAT}; write it again with "
                     "'vitprobe compare'"
                 )
-            return Comparison(tree.load())
-    except (OSError, ValueError, KeyError) as error:
-        raise ResultError(f"'{path}' is no vitprobe result: {error}") from error
+            result = Comparison(tree.load())
+        _check_whole(result)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ResultError(f"'{path}' is no whole vitprobe result: {what}") from error
+    return result
+
+
+def _open(path: Path) -> xr.DataTree:
+    tree: xr.DataTree = xr.open_datatree(path, engine="h5netcdf")
+    return tree
+
+
+def _check_whole(result: Comparison) -> None:
+    """Raise KeyError or ValueError for a result that lacks what its provenance names."""
+    for name in ("measures", "notes", "images", "models"):
+        if name not in result.provenance:
+            raise KeyError(f"its provenance has no {name}")
+    for measure in result.measures:
+        group = "similarity" if measure == "cka" else "attention"
+        if group not in result.tree.children or measure not in result.tree[group]:
+            raise KeyError(f"it has no {measure}")
+        held = result.tree[group].to_dataset()["model_a" if measure == "cka" else "model"]
+        if set(held.values) != set(result.models):
+            raise ValueError("its models are not those that its provenance names")
 
 
 def similarity_dataset(

@@ -94,17 +94,20 @@ def comparison(
     cka: Mapping[tuple[str, str], np.ndarray] | None = None,
     error: float = 0.02,
     notes: tuple[str, ...] = (),
+    estimator: str = "unbiased",
     seed: int = 0,
 ) -> Comparison:
     """A Comparison of `subjects`; what they leave open is filled in from `seed`.
 
     `cka` gives blocks (layers of a, layers of b) for some pairs; `error` is the standard error of
-    every cell that is not on a diagonal.
+    every cell that is not on a diagonal, and there is none with the biased estimator.
     """
     rng = np.random.default_rng(seed)
     groups: dict[str, Any] = {}
     if "cka" in measures:
-        groups["similarity"], groups["tokens"] = _similarity(subjects, cka or {}, error, rng)
+        groups["similarity"], groups["tokens"] = _similarity(
+            subjects, cka or {}, error if estimator == "unbiased" else np.nan, rng
+        )
     if wanted := [measure for measure in measures if measure != "cka"]:
         groups["attention"] = _attention(subjects, wanted, images, rng)
     provenance = {
@@ -125,7 +128,7 @@ def comparison(
         "preprocessing": "centre square; bicubic, antialiased; each model's own mean and std",
         "python": "3.11.2",
         "platform": "Linux x86_64",
-        "estimator": "unbiased",
+        "estimator": estimator,
         "images": {
             "source": "photos.zip",
             "count": images,
@@ -162,9 +165,14 @@ def _similarity(
         np.linspace(0.2, 0.4, subject.depth + 1) if subject.share is None else subject.share
         for subject in subjects.values()
     ]
+    share = np.concatenate(shares)
     return (
         similarity_dataset(features, value=value, standard_error=standard_error, sums={}),
-        tokens_dataset(features, np.concatenate(shares)),
+        tokens_dataset(
+            features,
+            first_direction_share=share,
+            first_direction_sums=np.stack([share, np.ones_like(share)], axis=-1),
+        ),
     )
 
 
@@ -190,9 +198,11 @@ def _attention(
         scale = {
             "attention_distance": subject.uniform_distance(),
             "attention_entropy": subject.uniform_entropy(),
+            "attention_distance_raw": subject.uniform_distance(),
+            "attention_entropy_all": float(np.log(np.prod(subject.grid) + subject.prefix)),
         }
         for measure in measures:
-            values = chosen[measure]
+            values = chosen.get(measure)
             if values is None:
                 spread = rng.normal(size=shape[1:]) * 0.12 + rng.normal(size=shape) * 0.02
                 values = np.clip(ramp + spread, 0.02, 1.1)

@@ -95,11 +95,52 @@ def test_grid_of_one_model_is_its_heatmap():
         (plots.sink_mass, "Sink mass\n(share)"),
     ],
 )
-def test_attention_figures_name_measure_and_unit_and_start_at_zero(alike, function, label):
+def test_attention_figures_name_measure_and_unit(alike, function, label):
     ax = function(alike, "MAE")
     assert ax.get_ylabel() == label
     assert ax.get_xlabel() == "Block"
-    assert ax.get_ylim()[0] == 0
+
+
+def test_axis_fits_the_values_and_uniform_attention(alike):
+    values = alike.attention_entropy("MAE").values
+    low, high = plots.attention_entropy(alike, "MAE").get_ylim()
+    top = max(values.max(), Subject().uniform_entropy())
+    assert 0 < low < values.min() < top < high
+    assert high - low < 1.25 * (top - values.min())
+
+
+def test_axis_of_equal_heads_is_not_filled_by_rounding_errors():
+    distance = 1 + 1e-4 * np.arange(4).reshape(2, 2)
+    result = comparison({"A": Subject(2, 2, distance=distance)})
+    low, high = plots.attention_distance(result, "A", relative=True).get_ylim()
+    assert high - low > 0.1
+
+
+def test_axis_of_sink_mass_starts_at_zero_and_reaches_a_tenth_at_least():
+    small, large = np.full((2, 2), 0.01), np.full((2, 2), 0.5)
+    result = comparison({"A": Subject(2, 2, sink=small), "B": Subject(2, 2, sink=large)})
+    assert plots.sink_mass(result, "A").get_ylim() == (0, 0.1)
+    assert plots.sink_mass(result, "B").get_ylim() == pytest.approx((0, 0.53))
+
+
+def test_label_of_uniform_attention_stays_inside_the_axes(alike):
+    figure, ax = plt.subplots()
+    plots.attention_entropy(alike, "MAE", ax=ax)
+    figure.canvas.draw()
+    (label,) = ax.texts
+    box, frame = label.get_window_extent(), ax.get_window_extent()
+    assert frame.x0 <= box.x0 < box.x1 <= frame.x1
+    assert frame.y0 <= box.y0 < box.y1 <= frame.y1
+
+
+def test_heatmaps_of_other_shapes_align_at_the_top():
+    result = comparison({"A": Subject(12), "B": Subject(3)})
+    tops = []
+    for pair in (("A", "B"), ("B", "A")):
+        ax = plots.cka_heatmap(result, *pair)
+        ax.figure.draw_without_rendering()
+        tops.append(ax.get_position().y1)
+    assert tops[0] == pytest.approx(tops[1], abs=0.01)
 
 
 def test_every_head_is_a_point(alike):
@@ -163,7 +204,8 @@ def test_panels_share_scales_and_show_sink_mass_beside(unlike):
     figure = plots.attention_panels(unlike, "attention_distance")
     (measure_a, sink_a), (measure_b, sink_b) = np.reshape(figure.axes, (2, 2))
     assert measure_a.get_ylim() == measure_b.get_ylim()
-    assert sink_a.get_ylim() == sink_b.get_ylim() == (0, 1)
+    assert sink_a.get_ylim() == sink_b.get_ylim()
+    assert sink_a.get_ylim()[0] == 0
     assert "no prefix tokens" in [text.get_text() for text in sink_b.texts]
     assert "no prefix tokens" not in [text.get_text() for text in sink_a.texts]
 

@@ -41,9 +41,9 @@ def test_ties_and_undefined_cells_are_said():
     block[2, 2] = np.nan
     result = comparison({"A": Subject(2), "B": Subject(2)}, cka={("A", "B"): block})
     extremes, _, undefined = map(plain, findings.similarity(result, "A", "B"))
-    assert "Layer 0 of A and layer 0 of B are most alike" in extremes
-    assert "tied with 1 other layer pair)" in extremes
-    assert "tied with 5 other layer pairs)" in extremes
+    assert extremes == (
+        "2 layer pairs of A and B are most alike (CKA 0.80), 6 layer pairs least (0.50)."
+    )
     assert undefined == "1 of 9 layer pairs is undefined and hatched in the figure."
 
 
@@ -141,7 +141,7 @@ def test_one_model_is_described_alone():
     result = comparison({"A": Subject(4, 2, distance=np.full((4, 2), 0.5))})
     value = 0.5 * Subject().uniform_distance()
     assert plain(findings.locality(result)) == (
-        f"In the first 1 block, A has a mean attention distance of {value:.1f} px "
+        f"In the first block, A has a mean attention distance of {value:.1f} px "
         "(50 % of uniform attention)."
     )
     assert len(findings.summary(result)) == 4
@@ -185,7 +185,7 @@ def test_trend_names_the_lowest_head_and_of_sinks_the_highest():
         result, "attention_entropy", "A"
     )
     assert plain(findings.trend(result, "sink_mass", "A")).endswith(
-        "the highest head is head 0 of block 0 (50 %)."
+        "; the highest heads, 5 of 6, are at 50 %."
     )
 
 
@@ -195,7 +195,7 @@ def test_sinks_name_the_block_and_models_without_prefix_tokens():
     result = comparison({"A": Subject(4, 2, sink=sink), "B": Subject(4, 2, prefix=0)})
     assert plain(findings.sinks(result)) == (
         "Share of patch attention that goes to prefix tokens: 20 % in A (most in block 2, 50 %); "
-        "B has no prefix tokens."
+        "B has no prefix tokens, so its sink mass is 0 by construction."
     )
 
 
@@ -212,10 +212,66 @@ def test_dominant_directions_are_listed_as_ranges():
 
 
 def test_assumed_facts_are_said_with_their_values():
-    result = comparison({"A": Subject(4, heads=12, assumed=("heads", "mean")), "B": Subject(4)})
-    assert findings.assumptions(result) == [
-        "A: heads (12) and mean (0.485 / 0.456 / 0.406) are assumed, not read from the source."
-    ]
+    subjects = {
+        "A": Subject(4, heads=12, assumed=("heads", "mean")),
+        "B": Subject(4, assumed=("norm_eps",)),
+        "C": Subject(4),
+    }
+    result = comparison(subjects)
+    assert findings.assumed_heads(result) == [("A", 12)]
+    assert findings.other_assumptions(result) == (
+        "Assumed, not read: mean (0.485 / 0.456 / 0.406) of A; norm eps (1e-06) of B."
+    )
+    assert findings.other_assumptions(comparison({"C": Subject(4)})) == ""
+
+
+def test_whole_rows_and_columns_that_tie_are_named():
+    block = np.repeat([[0.2], [0.9], [0.4]], 3, axis=1)
+    own = {("B", "B"): np.full((3, 3), 0.9999)}
+    result = comparison({"A": Subject(2), "B": Subject(2)}, cka={("A", "B"): block, **own})
+    assert findings.similarity(result, "A", "B")[0] == (
+        "Layer 1 of A and layers 0 to 2 of B are most alike (CKA 0.90), layer 0 of A and layers 0 "
+        "to 2 of B least (0.20)."
+    )
+    assert findings.similarity(result, "B", "B") == ["All layers of B are alike (CKA 1.00)."]
+
+
+def test_values_equal_as_printed_name_no_extreme():
+    sink = np.linspace(0.0301, 0.0304, 6).reshape(3, 2)
+    share = np.full(4, 0.4) + 1e-4 * np.arange(4)
+    result = comparison({"A": Subject(3, 2, sink=sink, share=share)})
+    assert plain(findings.trend(result, "sink_mass", "A")) == (
+        "A: sink mass stays near 3 % from block 0 to block 2; all heads are alike."
+    )
+    assert plain(findings.sinks(result)).endswith("3 % in A (alike in every block).")
+    assert plain(findings.largest_share(result)).endswith("A 40 % in every layer.")
+
+
+def test_an_untrained_model_among_the_most_alike_is_cautioned():
+    blocks = {
+        ("A", "B"): np.full((2, 2), 0.7),
+        ("A", "C"): np.full((2, 2), 0.1),
+        ("B", "C"): np.full((2, 2), 0.2),
+    }
+
+    def sentence(untrained):
+        extra = {"extra": {"spec": "init:deit_tiny_patch16_224"}}
+        subjects = {name: Subject(1, **(extra if name == untrained else {})) for name in "ABC"}
+        return findings.overall_similarity(comparison(subjects, cka=blocks))
+
+    assert " B is untrained: such a model passes the image through almost" in sentence("B")
+    assert "untrained" not in sentence("C")
+
+
+def test_first_blocks_are_a_quarter_rounded_up():
+    depths = {1: 1, 4: 1, 5: 2, 6: 2, 9: 3, 12: 3}
+    for depth, first in depths.items():
+        assert findings.first_blocks(comparison({"A": Subject(depth)}), "A") == first
+
+
+def test_captions_are_relative_where_the_figures_are():
+    subjects = {"A": Subject(2), "B": Subject(2, grid=(7, 7), patch=4)}
+    assert "% of uniform" in plain(findings.trend(comparison(subjects), "attention_distance", "A"))
 
 
 def test_summary_says_only_what_was_measured():

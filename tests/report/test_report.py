@@ -144,21 +144,25 @@ def test_headings_descend_one_step_at_a_time(page):
 
 
 def test_every_figure_has_a_label(page):
-    # One pair, two models alone, shares, three overlays, three measures for each of two models.
-    assert page.figures == 1 + 2 + 1 + 3 + 6
+    # One pair, two models alone, shares, three overlays, three measures of a model and two of one
+    # that has no prefix tokens.
+    assert page.figures == 1 + 2 + 1 + 3 + 3 + 2
     assert page.unlabelled == 0
 
 
 def test_page_says_what_a_reader_needs(html):
     for text in (
         "MAE &lt;tiny&gt;",
-        "heads (4), mean (0.485 / 0.456 / 0.406) and std",
+        "MAE &lt;tiny&gt;: heads (4) assumed",
+        "Assumed, not read: mean (0.485 / 0.456 / 0.406) and std",
+        "small has no prefix tokens, so its sink mass is 0 by construction.",
+        "rounded up: 1 of 4 in MAE &lt;tiny&gt; and 1 of 2 in small.",
         '<tr class="assumed"><th scope="row">heads</th>',
         "a3" * 32,
         "9f" * 32,
         "1 image could not be decoded: broken.jpg.",
         "1 of 15 layer pairs is undefined",
-        "relative to uniform attention",
+        "is shown relative to it (attention distance and attention entropy)",
         "A Closer Look at Self-Supervised Lightweight Vision Transformers",
         "@software{vitprobe",
         "trained by vitprobe: method mae, epochs 40",
@@ -189,6 +193,33 @@ def test_any_subset_of_measures_makes_a_page(measures, tmp_path):
     page = Page(report(result, tmp_path / "out").read_text(encoding="utf-8"))
     assert ("similarity" in page.ids) == ("cka" in measures)
     assert ("attention" in page.ids) == ("cka" not in measures)
+
+
+def test_sentences_about_measures_that_are_absent_are_absent(tmp_path):
+    result = comparison(
+        {"A": Subject(2), "B": Subject(2)},
+        measures=("cka", "attention_distance_raw", "attention_entropy_all", "sink_mass"),
+        estimator="biased",
+    )
+    html = report(result, tmp_path / "out").read_text(encoding="utf-8")
+    for text in ("only the rest", "renormalise it", "First blocks", "paired", "Brackets"):
+        assert text not in html, text
+    assert "(for entropy over all tokens, over all queries)" in html
+
+
+def test_a_model_without_prefix_tokens_has_a_page_of_sink_mass_alone(tmp_path):
+    result = comparison(
+        {"A": Subject(2), "B": Subject(2, prefix=0)}, measures=("sink_mass",), images=4
+    )
+    page = Page(report(result, tmp_path / "out").read_text(encoding="utf-8"))
+    assert page.figures == 2
+    assert {"results.nc", "tables/sink_mass.csv", "figures/sink_mass_all.pdf"} <= set(page.links)
+
+
+def test_cells_of_heatmaps_have_crisp_edges(html):
+    # 5 x 3 cells but one, 5 x 5 and 3 x 3 cells, and a bar of 48 colours for each of them.
+    assert html.count('<path class="cell"') == 14 + 25 + 9 + 3 * 48
+    assert ".cell { shape-rendering: crispEdges; }" in html
 
 
 def test_the_same_result_gives_the_same_files(tmp_path):

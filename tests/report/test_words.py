@@ -6,7 +6,9 @@ import pytest
 
 from vitprobe.report.words import (
     MINUS,
+    change,
     count,
+    estimate,
     join,
     layers_in_words,
     number,
@@ -40,6 +42,29 @@ def test_quantities_carry_their_unit():
     assert quantity(45.25, "px") == "45.2\N{NO-BREAK SPACE}px"
     assert quantity(0.381, "relative to uniform") == "38.1\N{NO-BREAK SPACE}% of uniform"
     assert quantity(0.5, "share") == percent(0.5) == "50\N{NO-BREAK SPACE}%"
+
+
+@pytest.mark.parametrize(
+    ("value", "margin", "units", "expected"),
+    [
+        (0.0091, 0.0098, "px", ("0.009", "-0.001 to 0.019", "px")),
+        (12.34, 0.04, "px", ("12.340", "12.300 to 12.380", "px")),
+        (0.25, 0.0, "nats", ("0.25000", "0.25000 to 0.25000", "nats")),
+        (0.4, 0.01, "relative to uniform", ("40.0 %", "39.0 % to 41.0 %", "of uniform")),
+        (0.0102, 0.0100, "px", ("0.0102", "0.0002 to 0.0202", "px")),
+    ],
+)
+def test_differences_have_the_precision_of_their_interval(value, margin, units, expected):
+    texts = estimate(value, margin, units)
+    assert (
+        tuple(t.replace("\N{NO-BREAK SPACE}", " ").replace(MINUS, "-") for t in texts) == expected
+    )
+
+
+def test_a_change_has_its_unit_once():
+    assert change(1.5, 2, "px").replace("\N{NO-BREAK SPACE}", " ") == "1.50 → 2.00 px"
+    relative = change(0.3, 0.5, "relative to uniform").replace("\N{NO-BREAK SPACE}", " ")
+    assert relative == "30.0 → 50.0 % of uniform"
 
 
 def test_cka_has_two_decimals_and_no_negative_zero():

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
 from vitprobe.data.labelled import load_labelled
-from vitprobe.errors import CheckpointError, DataError, RecipeError, ResultError
+from vitprobe.errors import CheckpointError, DataError, RecipeError, ResultError, VitprobeError
 from vitprobe.training import Recipe, Terminated, load_recipe, pretrain
 from vitprobe.training.loop import Run
 from vitprobe.training.methods.mae import MAE
@@ -313,7 +313,7 @@ def test_what_cannot_be_trained_leaves_nothing_behind(
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])
 def test_an_unknown_device_is_refused(tmp_path: Path, device: str) -> None:
-    with pytest.raises(RecipeError, match=f"Device '{device}' is not available"):
+    with pytest.raises(VitprobeError, match=f"device '{device}' is not to be had"):
         pretrain("digits_mae", tmp_path / "run", device=device)
 
 

@@ -294,14 +294,12 @@ def _read_tensor(image: Tensor) -> tuple[bytes, Tensor]:
 def _from_path(path: Path, limit: int | None, seed: int) -> Images:
     if not path.exists():
         raise DataError(f"no images at '{path}': there is no such file or folder")
-    if path.is_dir():
-        files = sorted(
-            file.relative_to(path).as_posix()
-            for file in path.rglob("*")
-            if _is_image(file.relative_to(path).as_posix()) and file.is_file()
-        )
-        return _from_files(str(path), files, lambda file: (path / file).read_bytes(), limit, seed)
+    if not path.is_file() and not path.is_dir():
+        raise DataError(f"no images at '{path}': it is neither a file nor a folder")
     try:
+        if path.is_dir():
+            files = _walk(path)
+            return _from_files(str(path), files, lambda f: (path / f).read_bytes(), limit, seed)
         if zipfile.is_zipfile(path):
             return _from_zip(path, limit, seed)
         if path.suffix.lower() in EXTENSIONS:
@@ -311,6 +309,28 @@ def _from_path(path: Path, limit: int | None, seed: int) -> Images:
         return _from_tar(path, limit, seed)
     except (OSError, zipfile.BadZipFile, tarfile.TarError) as error:
         raise DataError(f"cannot read images from '{path}': {error}") from error
+
+
+def _walk(folder: Path) -> list[str]:
+    """Paths of all files below a folder, links to folders followed, none of them twice over."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found, entered = [], set()
+    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        entered.add(os.path.realpath(parent))
+        folders[:] = [
+            name for name in folders if os.path.realpath(os.path.join(parent, name)) not in entered
+        ]
+        below = Path(parent).relative_to(folder)
+        # A pipe or a device would be waited for; a link to nothing is named as undecodable.
+        found += [
+            (below / name).as_posix()
+            for name in files
+            if (path := Path(parent, name)).is_file() or path.is_symlink()
+        ]
+    return found
 
 
 def _from_zip(path: Path, limit: int | None, seed: int) -> Images:
@@ -364,6 +384,11 @@ def _from_list(paths: list[Path], source: str, limit: int | None, seed: int) -> 
     return _ordered(source, files, lambda file: (root / file).read_bytes(), limit, seed)
 
 
+def _shown(name: str) -> str:
+    """A file's name as UTF-8 that can be stored and printed, whatever bytes it is made of."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def _is_image(name: str) -> bool:
     parts = PurePosixPath(name).parts
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
@@ -395,7 +420,14 @@ def _ordered(
     """Images of these files, in the seeded permutation of their sorted relative paths."""
     # An archive may mix absolute names and relative ones; all are taken from its root.
     shared = os.path.commonpath([f"/{name}".rpartition("/")[0] or "/" for name in members])
-    by_name = {os.path.relpath(f"/{name}", shared): name for name in members}
+    by_name: dict[str, str] = {}
+    for member in members:
+        name = _shown(os.path.relpath(f"/{member}", shared))
+        if name in by_name:
+            raise DataError(
+                f"'{source}' holds two images by the name of '{name}'; each counts once"
+            )
+        by_name[name] = member
     ordered = sorted(by_name)
     names = [ordered[i] for i in _permuted(len(ordered), seed)]
 

@@ -118,6 +118,8 @@ def read_option(name: str, value: Any, where: str) -> Any:
 
 
 def _count(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError(value)
     number = _whole(value)
     if number < 1:
         raise ValueError(value)
@@ -136,7 +138,7 @@ def _size(value: Any) -> tuple[int, int]:
     if isinstance(value, str):
         value = value.lower().split("x")
     sides = tuple(_count(side) for side in (value if isinstance(value, Iterable) else [value]))
-    if len(sides) > 2:
+    if not 1 <= len(sides) <= 2:
         raise ValueError(value)
     return sides[0], sides[-1]
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from vitprobe.results import Comparison
 
+# The least height of an axis, as a share of its upper end: rounding errors shall not fill it.
+_LEAST_SPAN = 0.1
 # Above this the points of a panel merge into a smear, and the box tells more alone.
 _MOST_POINTS = 300
 
@@ -43,8 +45,8 @@ def attention_distance(
     A point is a head (mean over images; heads keep their left-to-right order in every block), the
     box spans the middle half of the heads around their median, whiskers reach the extremes. The
     dashed line is the value under uniform attention. In pixels of the model's input, or divided by
-    the uniform value. Points are left out where they would merge (beyond 300). Without `ax` a
-    figure of one column width is made.
+    the uniform value; the axis fits the values and need not start at 0. Points are left out where
+    they would merge (beyond 300). Without `ax` a figure of one column width is made.
 
     Raises:
         ResultError: no such model, or the measure is not in the result.
@@ -62,7 +64,7 @@ def attention_entropy(
 def sink_mass(result: Comparison, name: str, *, ax: Axes | None = None) -> Axes:
     """Draw the share of attention that patches send to prefix tokens, for every head.
 
-    Drawn as `attention_distance`, always from 0 to 1.
+    Drawn as `attention_distance`, from 0 to the largest value and at least to 0.1.
     """
     return heads(result, "sink_mass", name, ax=ax)
 
@@ -85,7 +87,7 @@ def heads(
         _boxes(axes, values, color_of(result.models, name))
         axes.set_title(shorten(name, 44))
         scaled_to = result.models if shared else (name,)
-        _dress(axes, values, top=_top(result, measure, relative, scaled_to))
+        _dress(axes, values, _limits(result, measure, relative, scaled_to))
         _remark(axes, result, measure, name, relative)
     return axes
 
@@ -114,7 +116,7 @@ def attention_panels(result: Comparison, measure: str) -> Figure:
                 scaled = relative and shown == measure
                 values = result.attention(shown, name, relative=scaled)
                 _boxes(ax, values, color_of(models, name))
-                _dress(ax, values, top=_top(result, shown, scaled, models))
+                _dress(ax, values, _limits(result, shown, scaled, models))
                 _remark(ax, result, shown, name, scaled)
                 if i < len(models) - 1:
                     ax.set_xlabel("")
@@ -157,7 +159,12 @@ def attention_overlay(result: Comparison, measure: str, *, ax: Axes | None = Non
             ax=axes,
         )
         longest = max(arrays.values(), key=lambda array: array.sizes["layer"])
-        _dress(axes, longest, top=_top(result, measure, relative, models))
+        bands = [
+            array.dropna("layer", how="all").quantile((0.25, 0.75), "head").values
+            for array in arrays.values()
+        ]
+        levels = [_uniform(result, measure, name, relative) for name in models]
+        _dress(axes, longest, _fit([*bands, np.array(levels)], from_zero=measure == "sink_mass"))
         # Where uniform attention differs between models, units are relative and its value is 1.
         _uniform_line(axes, _uniform(result, measure, models[0], relative))
         legend_above(axes, models)
@@ -184,20 +191,27 @@ def _uniform(result: Comparison, measure: str, name: str, relative: bool) -> flo
     return float(ratio.median())
 
 
-def _top(result: Comparison, measure: str, relative: bool, models: tuple[str, ...]) -> float:
-    """The upper end of an axis that holds these models and their values under uniform attention."""
-    if measure == "sink_mass":
-        return 1.0
-    tops = [
-        value
-        for name in models
-        for value in (
-            float(result.attention(measure, name, relative=relative).max()),
-            _uniform(result, measure, name, relative),
-        )
-        if np.isfinite(value)
-    ]
-    return 1.06 * max(tops, default=1.0)
+def _limits(
+    result: Comparison, measure: str, relative: bool, models: tuple[str, ...]
+) -> tuple[float, float]:
+    """The ends of an axis that holds every head of these models, and uniform attention."""
+    drawn = [result.attention(measure, name, relative=relative).values for name in models]
+    levels = [_uniform(result, measure, name, relative) for name in models]
+    return _fit([*drawn, np.array(levels)], from_zero=measure == "sink_mass")
+
+
+def _fit(drawn: list[np.ndarray], *, from_zero: bool) -> tuple[float, float]:
+    """The ends of an axis that holds all finite values, with a little room."""
+    values = np.concatenate([array.ravel() for array in drawn])
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return 0.0, 1.0
+    low, high = float(values.min()), float(values.max())
+    if from_zero:
+        return 0.0, min(1.0, max(0.1, 1.06 * high))
+    span = max(high - low, _LEAST_SPAN * abs(high)) or 1.0
+    # The label of uniform attention, often the largest value, stands above its line.
+    return max(0.0, high - 1.06 * span), high + 0.14 * span
 
 
 def _boxes(ax: Axes, values: xr.DataArray, color: str) -> None:
@@ -233,11 +247,11 @@ def _boxes(ax: Axes, values: xr.DataArray, color: str) -> None:
         )
 
 
-def _dress(ax: Axes, values: xr.DataArray, *, top: float) -> None:
+def _dress(ax: Axes, values: xr.DataArray, limits: tuple[float, float]) -> None:
     layers = values["layer"].values
     ax.set_xlim(layers[0] - 0.6, layers[-1] + 0.6)
     ax.set_xticks(layer_ticks(layers, 13))
-    ax.set_ylim(0, top)
+    ax.set_ylim(limits)
     ax.set_xlabel("Block")
     title, units = str(values.attrs["long_name"]), values.attrs["units"]
     ax.set_ylabel(f"{title[0].upper()}{title[1:]}\n({units})")
@@ -259,11 +273,13 @@ def _uniform_line(ax: Axes, level: float) -> None:
     ax.axhline(level, color=MUTED, linewidth=0.8, linestyle=(0, (3, 2)), zorder=1.5)
     ax.annotate(
         "uniform",
-        (1, level),
+        # Early blocks are the local ones: at the left the label meets fewest heads.
+        (0, level),
         xycoords=("axes fraction", "data"),
-        xytext=(2, 0),
+        xytext=(2, 1),
         textcoords="offset points",
-        va="center",
+        ha="left",
+        va="bottom",
         color=MUTED,
         fontsize="small",
     )

@@ -43,6 +43,8 @@ def cka_heatmap(result: Comparison, a: str, b: str, *, ax: Axes | None = None) -
     cka = result.cka(a, b)
     with canvas(ax, (COLUMN, 2.85)) as axes:
         mesh = _draw(axes, cka, most_ticks=13)
+        # Heatmaps of different shapes align at the top where they stand side by side.
+        axes.set_anchor("N")
         axes.set_title(_title(a, b))
         axes.set_xlabel(f"Layer of {shorten(b, 30)}")
         axes.set_ylabel(f"Layer of {shorten(a, 30)}")
@@ -178,7 +180,7 @@ def _colorbar(
     bar = cax.figure.colorbar(
         scale, cax=cax, orientation=orientation, extend=extend, extendfrac=0.04, label=label
     )
-    cax.collections[0].set_edgecolor("face")
+    cax.collections[0].set(edgecolor="face", linewidth=0.5)
     bar.set_ticks([0, 0.5, 1], labels=["0", "0.5", "1"])
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)

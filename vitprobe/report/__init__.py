@@ -1,5 +1,5 @@
 """One offline HTML page that says what a comparison shows, with its figures and tables."""
 
-from vitprobe.report.folder import report
+from vitprobe.report.folder import check_folder, report
 
-__all__ = ["report"]
+__all__ = ["check_folder", "report"]

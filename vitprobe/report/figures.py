@@ -55,7 +55,9 @@ class Pictures:
     overlays: tuple[Picture, ...]
     """An attention measure of all models in one axes."""
     heads: dict[str, tuple[Picture, ...]]
-    """By model, every head of every attention measure."""
+    """By model, every head of every attention measure that can differ from 0."""
+    wholes: tuple[tuple[str, str], ...]
+    """(file name, what it shows) of the figures saved for papers, which the page only links."""
 
 
 def draw(result: Comparison, folder: Path, attention: tuple[str, ...]) -> Pictures:
@@ -69,6 +71,7 @@ def draw(result: Comparison, folder: Path, attention: tuple[str, ...]) -> Pictur
     pairs: list[Picture] = []
     selves: list[Picture] = []
     shares: list[Picture] = []
+    wholes: list[tuple[str, str]] = []
     if "cka" in result.measures:
         for i, a in enumerate(result.models):
             for b in result.models[i:]:
@@ -90,6 +93,7 @@ def draw(result: Comparison, folder: Path, attention: tuple[str, ...]) -> Pictur
             )
         )
         _save(plots.cka_grid(result), folder / "cka_all")
+        wholes.append(("cka_all", "CKA of all models"))
 
     overlays: list[Picture] = []
     by_model: dict[str, list[Picture]] = {name: [] for name in result.models}
@@ -106,6 +110,8 @@ def draw(result: Comparison, folder: Path, attention: tuple[str, ...]) -> Pictur
                 )
             )
         for name in result.models:
+            if measure == "sink_mass" and not findings.has_prefix(result, name):
+                continue
             by_model[name].append(
                 _picture(
                     lambda measure=measure, name=name, relative=relative: heads(  # type: ignore[misc]
@@ -117,12 +123,14 @@ def draw(result: Comparison, folder: Path, attention: tuple[str, ...]) -> Pictur
                 )
             )
         _save(plots.attention_panels(result, measure), folder / f"{measure}_all")
+        wholes.append((f"{measure}_all", f"{title} of every head, all models"))
     return Pictures(
         tuple(pairs),
         tuple(selves),
         tuple(shares),
         tuple(overlays),
         {name: tuple(pictures) for name, pictures in by_model.items() if pictures},
+        tuple(wholes),
     )
 
 
@@ -144,8 +152,14 @@ def inline(svg: str, *, prefix: str, label: str) -> Markup:
     body = re.sub(r"(\d\.\d\d)\d+", r"\1", body)
     body = re.sub(r" font-family: [^;]+;", "", body)
     body = re.sub(r' transform="rotate\(-0 [^"]+"', "", body)
-    # The cells of a mesh lie inside the axes: clipping each of them only costs bytes.
-    body = re.sub(r' clip-path="[^"]+"( style="fill: (#\w+); stroke: \2; )', r"\1", body)
+    # Cells of a heatmap or colour bar. They lie inside the axes, so clipping them only costs bytes;
+    # the page draws them with crisp edges, so that neither seams nor strokes part them.
+    body = re.sub(
+        r'<path (d="M[^A-KN-Za-y"]+") clip-path="[^"]+" '
+        r'style="fill: (#\w+)(?:; stroke: \2;[^"]*)?"/>',
+        r'<path class="cell" \1 fill="\2"/>',
+        body,
+    )
     for color, variable in _THEMED.items():
         body = body.replace(color, f"var(--{variable})")
     return Markup(f'<svg role="img" aria-label="{escape(label)}" viewBox="{box}">{body}')

@@ -37,8 +37,8 @@ def report(result: Comparison, out: str | Path, *, force: bool = False) -> Path:
         ResultError: `out` exists (without `force`), is something else, or cannot be written.
     """
     out = Path(out)
+    check_folder(out, force=force)
     try:
-        _check(out, force)
         out.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".part"))
         try:
@@ -51,6 +51,19 @@ def report(result: Comparison, out: str | Path, *, force: bool = False) -> Path:
     except OSError as error:
         raise ResultError(f"cannot write '{out}': {error.strerror or error}") from error
     return out / "report.html"
+
+
+def check_folder(out: Path, *, force: bool = False) -> None:
+    """Raise ResultError if a report cannot go to `out`: before hours of work, and not after."""
+    try:
+        _check(out, force)
+        parent = out.absolute().parent
+        while not parent.exists():
+            parent = parent.parent
+        with tempfile.TemporaryDirectory(dir=parent, prefix=f".{out.name}.", suffix=".part"):
+            pass
+    except OSError as error:
+        raise ResultError(f"cannot write '{out}': {error.strerror or error}") from error
 
 
 def _check(out: Path, force: bool) -> None:

@@ -13,7 +13,7 @@ from vitprobe.measures.registry import MEASURES
 from vitprobe.plots.attention import needs_relative
 from vitprobe.plots.style import COLORS
 from vitprobe.report import findings
-from vitprobe.report.words import LEVEL, NBSP, count, join, number, percent, quantity, show
+from vitprobe.report.words import LEVEL, NBSP, change, count, join, number, percent, show
 
 if TYPE_CHECKING:
     from vitprobe.report.figures import Pictures
@@ -35,6 +35,9 @@ _READING_ORDER = (
     "mean",
     "std",
 )
+
+# Measures that see only the attention that goes to patches, made to sum to 1 again.
+_RENORMALISED = ("attention_distance", "attention_entropy")
 
 GENERATOR = '<meta name="generator" content="vitprobe">'
 """By this line an earlier report is known."""
@@ -64,9 +67,12 @@ def render(result: Comparison, pictures: Pictures, attention: tuple[str, ...]) -
         summary=findings.summary(result),
         glance=_glance(result),
         models=[_card(result, name) for name in result.models],
-        assumed=findings.assumptions(result),
+        assumed_heads=findings.assumed_heads(result),
+        assumed=findings.other_assumptions(result),
+        intervals=provenance["estimator"] == "unbiased",
         pictures=pictures,
-        attention=attention,
+        explanations=[_explanation(name, attention) for name in attention],
+        without_prefix=_without_prefix(result, attention),
         relative=join(relative),
         measures={name: MEASURES[name] for name in measures},
         settings=_settings(result, attention),
@@ -99,6 +105,7 @@ def _contents(pictures: Pictures) -> list[tuple[str, str]]:
         sections.append(("attention", "Attention"))
     return [
         *sections,
+        ("files", "Files"),
         ("methods", "Methods"),
         ("notes", "Notes"),
         ("provenance", "Provenance"),
@@ -127,15 +134,46 @@ def _glance(result: Comparison) -> dict[str, Any]:
             else "undefined"
             for name in result.models
         }
-    return {"columns": list(columns), "rows": list(columns.values())}
+    return {
+        "columns": list(columns),
+        "rows": list(columns.values()),
+        "attention": len(columns) > 3,
+    }
 
 
 def _first_to_last(result: Comparison, measure: str, name: str) -> str:
-    values = result.attention(measure, name)
+    values = result.attention(measure, name, relative=needs_relative(result, measure))
     by_block = values.mean("head").dropna("layer").values
     if not len(by_block):
         return "undefined"
-    return f"{number(by_block[0])}{NBSP}→{NBSP}{quantity(by_block[-1], values.attrs['units'])}"
+    return change(by_block[0], by_block[-1], values.attrs["units"])
+
+
+def _explanation(measure: str, attention: tuple[str, ...]) -> str:
+    """What a measure is; of sink mass also what it hides from the measures of this result."""
+    what = MEASURES[measure].what
+    if measure != "sink_mass":
+        return what
+    hidden = _titles(attention)
+    what = what.partition(";")[0].removesuffix(".")
+    verb = "describes" if len(hidden) == 1 else "describe"
+    return f"{what}; {join(hidden)} {verb} only the rest." if hidden else f"{what}."
+
+
+def _titles(attention: tuple[str, ...]) -> list[str]:
+    """Titles of the renormalised measures among these, inside a sentence."""
+    return [MEASURES[name].title.lower() for name in attention if name in _RENORMALISED]
+
+
+def _without_prefix(result: Comparison, attention: tuple[str, ...]) -> dict[str, str]:
+    """By model without prefix tokens, why it has no figure of sink mass."""
+    if "sink_mass" not in attention:
+        return {}
+    return {
+        name: f"{name} has no prefix tokens, so its sink mass is 0 by construction."
+        for name in result.models
+        if not findings.has_prefix(result, name)
+    }
 
 
 def _card(result: Comparison, name: str) -> dict[str, Any]:
@@ -212,16 +250,46 @@ def _settings(result: Comparison, attention: tuple[str, ...]) -> list[str]:
             f"Tokens compared: {provenance['tokens']}.",
             f"CKA is {estimator}, accumulated over blocks of {provenance['block']} images.",
             f"Intervals of CKA are {LEVEL} and pointwise, from its influence function over images; "
-            "a layer with itself is 1 by construction and has none.",
+            "a layer with itself is 1 by construction and has none."
+            if provenance["estimator"] == "unbiased"
+            else "Biased CKA has no intervals.",
         ]
     if attention:
-        sentences += [
-            "Attention is averaged over patch queries, then over images. Distance and entropy "
-            "renormalise it over patch keys, so sink mass, which this hides, stands beside them.",
-            "Differences between models are paired: the same images, an interval of their mean "
-            "difference. Models cannot be told apart when it contains 0.",
-            "First blocks are the first quarter of a model's blocks, at least one.",
-        ]
+        some, every = "patch queries", "attention_entropy_all" in attention
+        if attention == ("attention_entropy_all",):
+            some, every = "all queries", False
+        exception = " (for entropy over all tokens, over all queries)" if every else ""
+        sentences.append(f"Attention is averaged over {some}{exception}, then over images.")
+    if renormalised := _titles(attention):
+        subject = join(renormalised)
+        verb = "renormalises" if len(renormalised) == 1 else "renormalise"
+        beside = (
+            ", so sink mass, which this hides, stands beside" if "sink_mass" in attention else ""
+        )
+        sentences.append(f"{subject[0].upper()}{subject[1:]} {verb} it over patch keys{beside}.")
+        if len(result.models) > 1:
+            sentences.append(
+                "Differences between models are paired: the same images, a Student t interval of "
+                "their mean difference. Models cannot be told apart when it contains 0."
+            )
+    if "attention_distance" in attention:
+        firsts = {
+            name: (
+                findings.first_blocks(result, name),
+                show(result.describe(name)["facts"]["depth"]["value"]),
+            )
+            for name in result.models
+        }
+        if len(set(firsts.values())) == 1:
+            first, depth = firsts[result.models[0]]
+            numbers = f"{first} of {depth}"
+        else:
+            numbers = join(
+                [f"{first} of {depth} in {name}" for name, (first, depth) in firsts.items()]
+            )
+        sentences.append(
+            f"First blocks are the first quarter of a model's blocks, rounded up: {numbers}."
+        )
     return [
         *sentences,
         f"Images: {provenance['preprocessing']}.",

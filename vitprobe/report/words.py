@@ -18,14 +18,12 @@ def number(value: float) -> str:
         return "0"
     rounded = float(f"{value:.3g}")  # 99.96 has three digits as 100, not as 100.0
     digits = max(0, 2 - int(np.floor(np.log10(abs(rounded)))))
-    text = f"{value:.{min(digits, 6)}f}"
-    return text.removeprefix("-") if float(text) == 0 else text.replace("-", MINUS)
+    return _fixed(value, min(digits, 6))
 
 
 def two_digits(value: float) -> str:
     """Two decimals with a real minus sign, and none before zero."""
-    text = f"{value:.2f}"
-    return text.removeprefix("-") if float(text) == 0 else text.replace("-", MINUS)
+    return _fixed(value, 2)
 
 
 def quantity(value: float, units: str) -> str:
@@ -56,7 +54,39 @@ def show(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def layers_in_words(layers: Iterable[int]) -> str:
+def change(first: float, last: float, units: str) -> str:
+    """Two quantities with their unit once: `45.2 → 60.1 px`."""
+    if units == "share" or units == "relative to uniform":
+        start = quantity(first, units).split(NBSP)[0]
+    else:
+        start = number(first)
+    return f"{start}{NBSP}→{NBSP}{quantity(last, units)}"
+
+
+def estimate(value: float, margin: float, units: str) -> tuple[str, str, str]:
+    """A difference, its interval, and their unit, to two digits of the interval's width.
+
+    `0.009`, `−0.001 to 0.019` and `px`; more digits where an end would be rounded to zero.
+    """
+    scale, sign, unit = 1.0, "", units
+    if units == "relative to uniform":
+        scale, sign, unit = 100.0, f"{NBSP}%", "of uniform"
+    value, ends = scale * value, [scale * (value - margin), scale * (value + margin)]
+    width = max(ends[1] - ends[0], abs(value) / 1000)
+    digits = min(6, max(0, 1 - int(np.floor(np.log10(width))))) if width else 0
+    while digits < 6 and any(end and round(end, digits) == 0 for end in ends):
+        digits += 1
+    middle, low, high = (_fixed(end, digits) + sign for end in (value, *ends))
+    return middle, f"{low} to {high}", unit
+
+
+def _fixed(value: float, digits: int) -> str:
+    """So many decimals with a real minus sign, and none before zero."""
+    text = f"{value:.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0 else text.replace("-", MINUS)
+
+
+def layers_in_words(layers: Iterable[int], noun: str = "layer") -> str:
     """`layer 3`, `layers 3 to 5 and 9`: runs written as ranges."""
     runs: list[list[int]] = []
     for layer in map(int, layers):
@@ -65,7 +95,7 @@ def layers_in_words(layers: Iterable[int]) -> str:
         else:
             runs.append([layer])
     texts = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
-    return f"layer{'' if len(texts) == len(runs[0]) == 1 else 's'} {join(texts)}"
+    return f"{noun}{'' if len(texts) == len(runs[0]) == 1 else 's'} {join(texts)}"
 
 
 def join(items: Sequence[str]) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vitprobe.data.labelled import LabelledArrays, load_labelled
+from vitprobe.devices import find_device
 from vitprobe.errors import CheckpointError, RecipeError, ResultError
 from vitprobe.training.augment import Augment
 from vitprobe.training.encoder import save_encoder
@@ -76,7 +77,7 @@ def pretrain(
     """
     out = Path(out)
     resolved = load_recipe(recipe, data=data, overrides=overrides)
-    run = Run(resolved, load_labelled(resolved.data), _device(device))
+    run = Run(resolved, load_labelled(resolved.data), find_device(device))
     _prepare(out, run, resume=resume, force=force)
     with _threads(resolved.threads), _sigterm() as terminated, _bar(run, progress) as bar:
         while run.step < run.steps:
@@ -166,7 +167,8 @@ class Run:
             listed = "".join(f", {name} {value.item():g}" for name, value in terms.items())
             raise RecipeError(
                 f"The {self.recipe.method.name} loss is not finite at step {self.step} "
-                f"(loss {loss.item():g}{listed}); lower optimizer.lr or lengthen the warm-up."
+                f"(loss {loss.item():g}{listed}); lower optimizer.lr or lengthen the warm-up, and "
+                "start again with force."
             )
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
@@ -228,6 +230,10 @@ class Run:
                 f"This run was started with another recipe ({'; '.join(differing)}); "
                 "resume with its own, or start again with force."
             )
+        if not isinstance(state["step"], int) or not 0 <= state["step"] <= self.steps:
+            raise ValueError(state["step"])
+        if not all(torch.isfinite(tensor).all() for tensor in state["method"].values()):
+            raise ValueError("weights that are not finite")
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._sums = {name: value.to(self.device) for name, value in state["sums"].items()}
@@ -261,10 +267,10 @@ def _prepare(out: Path, run: Run, *, resume: bool, force: bool) -> None:
         # Only what a run writes is replaced: force must not cost anyone their other files.
         for name in (_RECIPE, _LOG, _STATE, _ENCODER):
             (out / name).unlink(missing_ok=True)
-        write_text(out / _RECIPE, run.recipe.to_toml())
     except OSError as error:
         raise ResultError(f"Cannot write to {out}: {error.strerror}.") from error
     save_state(out / _STATE, run.state())
+    write_text(out / _RECIPE, run.recipe.to_toml())
 
 
 def _resume(out: Path, run: Run) -> None:
@@ -289,13 +295,13 @@ def _resume(out: Path, run: Run) -> None:
 
 
 def _lines(log: Path) -> list[str]:
-    return log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    return log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
 
 
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except ValueError:
+    except (ValueError, TypeError, KeyError):
         return float("inf")
 
 
@@ -309,17 +315,6 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
         elif before != after:
             found.append(f"{prefix}{key} was {before!r}, now {after!r}")
     return found
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise RecipeError(f"Device {name!r} is not available here; use cpu or auto.") from error
-    return device
 
 
 def _bar(run: Run, progress: bool) -> tqdm[Any]:

@@ -177,7 +177,7 @@ def _build(kind: Any, table: Any, prefix: str, source: str) -> Any:
 
 def _method_config(table: Mapping[str, Any], source: str) -> type[MethodConfig]:
     name = table.get("name")
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise RecipeError(
             f"Recipe {source}: method.name must be one of {', '.join(METHODS)}, not {name!r}."
             f"{suggest(str(name), METHODS)}"

@@ -28,7 +28,8 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     except (ResultError, RuntimeError) as error:
         # torch reports a write that fails midway, as on a full disk, as a RuntimeError.
         raise ResultError(
-            f"Could not write the training state {path}: {error}; the one before is intact."
+            f"Could not write the training state {path}: {error}"
+            + ("; the one before is intact." if path.exists() else ".")
         ) from error
 
 
