@@ -1,6 +1,6 @@
 """The figure in README.md, from the result of `make demo`.
 
-    python figures/demo.py demo/report/results.nc figures/demo
+python figures/demo.py demo/report/results.nc figures/demo
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.stats import t
@@ -340,9 +340,7 @@ def _self_similarity(result: Comparison, name: str) -> list[str]:
 
 def _untrained(result: Comparison, pairs: Sequence[tuple[str, str]]) -> str:
     """A caution where a pair of models said to be alike holds one that was never trained."""
-    untrained = {
-        name for name in result.models if result.describe(name)["spec"].startswith("init:")
-    }
+    untrained = {name for name in result.models if _is_untrained(result.describe(name))}
     found = [name for name in result.models if any(name in pair for pair in pairs)]
     found = [name for name in found if name in untrained]
     if not found:
@@ -488,3 +486,8 @@ def _with_interval(result: Comparison, a: str, b: str, value: float, row: int, c
     if not (np.isfinite(low) and np.isfinite(high)):
         return f"{two_digits(value)}"
     return f"{two_digits(value)} [{two_digits(low)}, {two_digits(high)}]"
+
+
+def _is_untrained(model: dict[str, Any]) -> bool:
+    trained_for = (model["training"] or {}).get("epochs")
+    return model["spec"].startswith("init:") or trained_for == 0
