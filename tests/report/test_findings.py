@@ -259,8 +259,8 @@ def test_an_untrained_model_among_the_most_alike_is_cautioned():
         subjects = {name: Subject(1, **(extra if name == untrained else {})) for name in "ABC"}
         return findings.overall_similarity(comparison(subjects, cka=blocks))
 
-    assert " B is untrained: such a model passes the image through almost" in sentence("B")
-    assert "untrained" not in sentence("C")
+    assert " B was never trained: such a model passes the image through almost" in sentence("B")
+    assert "never trained" not in sentence("C")
 
 
 def test_first_blocks_are_a_quarter_rounded_up():
