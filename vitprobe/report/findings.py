@@ -346,9 +346,9 @@ def _untrained(result: Comparison, pairs: Sequence[tuple[str, str]]) -> str:
     if not found:
         return ""
     return (
-        f" {join(found)} {'was' if len(found) == 1 else 'were'} never trained: such a model passes the "
-        "image through almost unchanged, so a high CKA with it says how little the other has moved "
-        "from its input."
+        f" {join(found)} {'was' if len(found) == 1 else 'were'} never trained: such a model passes "
+        "the image through almost unchanged, so a high CKA with it says how little the other has "
+        "moved from its input."
     )
 
 
