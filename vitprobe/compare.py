@@ -221,7 +221,14 @@ class _Run:
         )
         with ExitStack() as stack:
             stack.enter_context(bar)
-            stack.enter_context(_precision(self.device, self.settings.precision))
+            stack.enter_context(_exact_products())
+            stack.enter_context(
+                torch.autocast(
+                    self.device.type,
+                    dtype=torch.bfloat16,
+                    enabled=self.settings.precision == "bf16",
+                )
+            )
             for model in self.models:
                 stack.enter_context(_placed(model.module, self.device))
             blocks = self.images.blocks(
@@ -477,30 +484,33 @@ class _Run:
         }
 
 
-def _exact_settings() -> list[tuple[Any, str, Any]]:
-    """Where torch keeps whether single precision may be rounded to TF32 or bf16, and the value
-    that forbids it: (holder, attribute, value). Torch forbids mixing its older and newer ones."""
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Single precision that is not rounded to TF32 or bf16; torch's settings restored afterwards.
+
+    Torch forbids mixing its newer settings (from 2.9 on) with the older ones.
+    """
     backends: Any = torch.backends
     if hasattr(backends.cuda.matmul, "fp32_precision"):
         holders = [backends.cuda.matmul, backends.cudnn.conv]
         holders += [backends.mkldnn.matmul, backends.mkldnn.conv]
-        return [(holder, "fp32_precision", "ieee") for holder in holders]
-    return [(holder, "allow_tf32", False) for holder in (backends.cuda.matmul, backends.cudnn)]
-
-
-@contextmanager
-def _precision(device: torch.device, precision: Precision) -> Iterator[None]:
-    """fp32 with TF32 and autocast off, or bf16 autocast; torch's settings restored afterwards."""
-    before: list[tuple[Any, str, Any]] = []
-    try:
-        for holder, name, exact in _exact_settings():
-            before.append((holder, name, getattr(holder, name)))
-            setattr(holder, name, exact)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        before = [holder.fp32_precision for holder in holders]
+        try:
+            for holder in holders:
+                holder.fp32_precision = "ieee"
             yield
-    finally:
-        for holder, name, value in before:
-            setattr(holder, name, value)
+        finally:
+            for holder, value in zip(holders, before, strict=True):
+                holder.fp32_precision = value
+    else:
+        matmul, convolution = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
+        try:
+            torch.set_float32_matmul_precision("highest")
+            backends.cudnn.allow_tf32 = False
+            yield
+        finally:
+            torch.set_float32_matmul_precision(matmul)
+            backends.cudnn.allow_tf32 = convolution
 
 
 @contextmanager

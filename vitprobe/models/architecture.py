@@ -85,11 +85,12 @@ class Architecture:
         """timm's module with its initialisation under `seed`, or with arbitrary weights, to be
         filled. The global random state stays as it is."""
         build = VisionTransformerDistilled if self.distilled else VisionTransformer
+        # timm's distilled class had no "skip" at first.
+        skip = {} if self.distilled or seed is not None else {"weight_init": "skip"}
         with torch.random.fork_rng(devices=[]):
-            if seed is None:
-                return build(**self.arguments, weight_init="skip")
-            torch.default_generator.manual_seed(seed)
-            return build(**self.arguments)
+            if seed is not None:
+                torch.default_generator.manual_seed(seed)
+            return build(**self.arguments, **skip)
 
     def fit_positions(self, pos_embed: Tensor) -> Tensor:
         """Position embeddings (1, tokens, width) for `grid`, resized bicubic and antialiased."""
