@@ -241,6 +241,7 @@ def test_some_undecodable_images_are_counted_named_and_replaced(run, photos, che
             "unknown measure 'cca'",
         ),
         (["{c}", "--images", "photos", "--out", "tiny.pth/out"], "tiny.pth' is no folder"),
+        (["{c}", "--images", "photos", "--out", "/proc/out"], "cannot write '/proc/out'"),
         (["{c}", "--images", "photos"], "--out"),
         (["{c}", "--images", "photos", "--out", "out", "--limit", "x"], "--limit"),
         (

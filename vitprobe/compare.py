@@ -7,15 +7,15 @@ kept of an image, so memory does not grow with their number (but for per-image a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 import numpy as np
 import torch
 import xarray as xr
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from vitprobe import provenance
@@ -24,7 +24,7 @@ from vitprobe.capture.features import Convention, convention_of, feature_layers
 from vitprobe.capture.geometry import plain
 from vitprobe.data.images import Block, Images, View
 from vitprobe.data.images import images as as_images
-from vitprobe.devices import find_device
+from vitprobe.devices import exact_products, find_device, placed
 from vitprobe.errors import DataError, MeasureError, VitprobeError, suggest
 from vitprobe.measures.attention import AttentionChunk, AttentionMeasure
 from vitprobe.measures.cka import (
@@ -221,7 +221,7 @@ class _Run:
         )
         with ExitStack() as stack:
             stack.enter_context(bar)
-            stack.enter_context(_exact_products())
+            stack.enter_context(exact_products())
             stack.enter_context(
                 torch.autocast(
                     self.device.type,
@@ -230,7 +230,7 @@ class _Run:
                 )
             )
             for model in self.models:
-                stack.enter_context(_placed(model.module, self.device))
+                stack.enter_context(placed(model.module, self.device))
             blocks = self.images.blocks(
                 views.values(), self.settings.block, workers=self.settings.workers
             )
@@ -482,46 +482,3 @@ class _Run:
             },
             "notes": self.notes,
         }
-
-
-@contextmanager
-def _exact_products() -> Iterator[None]:
-    """Single precision that is not rounded to TF32 or bf16; torch's settings restored afterwards.
-
-    Torch forbids mixing its newer settings (from 2.9 on) with the older ones.
-    """
-    backends: Any = torch.backends
-    if hasattr(backends.cuda.matmul, "fp32_precision"):
-        holders = [backends.cuda.matmul, backends.cudnn.conv]
-        holders += [backends.mkldnn.matmul, backends.mkldnn.conv]
-        before = [holder.fp32_precision for holder in holders]
-        try:
-            for holder in holders:
-                holder.fp32_precision = "ieee"
-            yield
-        finally:
-            for holder, value in zip(holders, before, strict=True):
-                holder.fp32_precision = value
-    else:
-        matmul, convolution = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
-        try:
-            torch.set_float32_matmul_precision("highest")
-            backends.cudnn.allow_tf32 = False
-            yield
-        finally:
-            torch.set_float32_matmul_precision(matmul)
-            backends.cudnn.allow_tf32 = convolution
-
-
-@contextmanager
-def _placed(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """A module on `device` in eval mode; back where and how it was afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
-    home = next((parameter.device for parameter in module.parameters()), device)
-    try:
-        module.eval().to(device)
-        yield
-    finally:
-        module.to(home)
-        for part, training in modes:
-            part.training = training

@@ -1,8 +1,13 @@
-"""Devices by name."""
+"""Where and how exactly models are run, and leaving torch and the models as they were."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
+from torch import nn
 
 from vitprobe.errors import VitprobeError
 
@@ -26,3 +31,46 @@ def find_device(name: str) -> torch.device:
             f"device '{name}' is not to be had here; use 'cpu' or 'auto'"
         ) from error
     return device
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Single precision that is not rounded to TF32 or bf16; torch's settings restored afterwards.
+
+    Torch forbids mixing its newer settings (from 2.9 on) with the older ones.
+    """
+    backends: Any = torch.backends
+    if hasattr(backends.cuda.matmul, "fp32_precision"):
+        holders = [backends.cuda.matmul, backends.cudnn.conv]
+        holders += [backends.mkldnn.matmul, backends.mkldnn.conv]
+        before = [holder.fp32_precision for holder in holders]
+        try:
+            for holder in holders:
+                holder.fp32_precision = "ieee"
+            yield
+        finally:
+            for holder, value in zip(holders, before, strict=True):
+                holder.fp32_precision = value
+    else:
+        matmul, convolution = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
+        try:
+            torch.set_float32_matmul_precision("highest")
+            backends.cudnn.allow_tf32 = False
+            yield
+        finally:
+            torch.set_float32_matmul_precision(matmul)
+            backends.cudnn.allow_tf32 = convolution
+
+
+@contextmanager
+def placed(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """A module on `device` in eval mode; back where and how it was afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    home = next((parameter.device for parameter in module.parameters()), device)
+    try:
+        module.eval().to(device)
+        yield
+    finally:
+        module.to(home)
+        for part, training in modes:
+            part.training = training

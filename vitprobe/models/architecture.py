@@ -86,7 +86,7 @@ class Architecture:
         filled. The global random state stays as it is."""
         build = VisionTransformerDistilled if self.distilled else VisionTransformer
         # timm's distilled class had no "skip" at first.
-        skip = {} if self.distilled or seed is not None else {"weight_init": "skip"}
+        skip: dict[str, Any] = {} if self.distilled or seed is not None else {"weight_init": "skip"}
         with torch.random.fork_rng(devices=[]):
             if seed is not None:
                 torch.default_generator.manual_seed(seed)
