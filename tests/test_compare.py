@@ -275,6 +275,7 @@ def test_nan_weights_name_model_layer_and_block(where, measures, message):
         ({"block": 3}, MeasureError, "a block of 3 images is too small"),
         ({"batch_size": 0}, DataError, "a batch size of 0"),
         ({"layers": "outputs"}, CaptureError, "unknown layers 'outputs'"),
+        ({"layers": "x", "measures": ["sink_mass"]}, CaptureError, "unknown layers 'x'"),
         ({"tokens": "first"}, MeasureError, "unknown tokens 'first'"),
         ({"estimator": "mle"}, MeasureError, "unknown CKA estimator 'mle'"),
         ({"precision": "fp16"}, VitprobeError, "unknown precision 'fp16'"),

@@ -191,6 +191,7 @@ class _Run:
         if twice is not None:
             raise VitprobeError(f"two models are named '{twice}'; give each its own name")
         for model in self.models:
+            convention_of(model, self.settings.layers)
             if "cka" in self.settings.measures:
                 self._note_layers(model)
                 if self.settings.tokens == "cls" and model.anatomy.prefix_tokens == 0:
