@@ -80,7 +80,7 @@ def test_one_channel_without_statistics_gets_an_average(tiny: Tiny) -> None:
 
 def test_what_is_not_found_is_named(tiny: Tiny) -> None:
     with pytest.raises(CaptureError, match=r"not str; load takes a spec"):
-        wrap("timm:vit", name="mine")  # type: ignore[arg-type]
+        wrap("timm:vit", name="mine")
     with pytest.raises(CaptureError, match=r"Sequential .*no list of blocks .*'attn'"):
         wrap(nn.Sequential(nn.Linear(2, 2)), name="mine")
     with pytest.raises(CaptureError, match=r"several lists of blocks \(layers.0.blocks"):
@@ -92,7 +92,7 @@ def test_what_is_not_found_is_named(tiny: Tiny) -> None:
     with pytest.raises(CaptureError, match="does not run on an input of 3x20x20"):
         wrap(tiny(), name="mine", input_size=(3, 20, 20))
     odd = tiny()
-    odd.num_prefix_tokens = 3  # type: ignore[assignment]
+    odd.num_prefix_tokens = 3
     with pytest.raises(CaptureError, match="17 tokens, which are not a grid of 4x4"):
         wrap(odd, name="mine")
     with pytest.raises(SourceError, match="std=0 in wrap of 'mine'"):

@@ -143,8 +143,8 @@ def test_round_trip(
     model = load(path, heads=4)
     with torch.no_grad():
         torch.testing.assert_close(
-            model.module.forward_features(images),  # type: ignore[operator]
-            source.forward_features(images),  # type: ignore[operator]
+            model.module.forward_features(images),
+            source.forward_features(images),
             atol=1e-6,
             rtol=0,
         )

@@ -97,4 +97,4 @@ def test_flip_has_its_probability() -> None:
 )
 def test_impossible_settings_are_refused_by_name(options: dict[str, object]) -> None:
     with pytest.raises(RecipeError, match=f"augment.{next(iter(options))}"):
-        AugmentConfig(**options)  # type: ignore[arg-type]
+        AugmentConfig(**options)

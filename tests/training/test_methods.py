@@ -144,7 +144,7 @@ def test_the_decoder_puts_tokens_back_in_their_places() -> None:
 def test_fixed_positions_get_no_gradient_and_everything_else_does() -> None:
     mae = _mae()
     loss, _ = mae.loss(_batch())
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     without = {name for name, p in mae.named_parameters() if p.grad is None}
     assert without == {"encoder.pos_embed", "decoder_pos_embed"}
 
@@ -160,7 +160,7 @@ def test_fixed_positions_get_no_gradient_and_everything_else_does() -> None:
 def test_impossible_mae_settings_are_refused(change: dict[str, float], named: str) -> None:
     settings = {"decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2} | change
     with pytest.raises(RecipeError, match=named):
-        MAEConfig(name="mae", **settings)  # type: ignore[arg-type]
+        MAEConfig(name="mae", **settings)
 
 
 def test_a_mask_that_leaves_nothing_visible_is_refused() -> None:

@@ -17,7 +17,7 @@ def test_round_trip_leaves_one_file(tmp_path: Path) -> None:
     state = {"step": 3, "recipe": {"lr": 1e-3, "names": ["a"]}, "weights": torch.arange(4.0)}
     save_state(tmp_path / "state.pt", state)
     loaded = load_state(tmp_path / "state.pt")
-    assert torch.equal(loaded.pop("weights"), state.pop("weights"))  # type: ignore[arg-type]
+    assert torch.equal(loaded.pop("weights"), state.pop("weights"))
     assert loaded == state
     assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
 

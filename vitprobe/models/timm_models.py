@@ -141,7 +141,8 @@ def _position_fact(
         return Fact("none added to the tokens", "timm")
     if not pretrained:
         return Fact("random", "timm")
-    _, height, width = module.pretrained_cfg["input_size"]  # type: ignore[index]
+    config: Any = module.pretrained_cfg
+    _, height, width = config["input_size"]
     patch = [side / count for side, count in zip(size or (height, width), grid, strict=True)]
     stored = (int(height / patch[0]), int(width / patch[1]))
     return Fact("as loaded", "timm") if stored == grid else Fact(resized_text(stored, grid), "user")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,7 +79,7 @@ def draw(result: Comparison, folder: Path, attention: tuple[str, ...]) -> Pictur
                 name = f"cka_{slugs[a]}" if a == b else f"cka_{slugs[a]}_{slugs[b]}"
                 caption = findings.similarity(result, a, b)
                 picture = _picture(
-                    lambda a=a, b=b: plots.cka_heatmap(result, a, b),  # type: ignore[misc]
+                    partial(plots.cka_heatmap, result, a, b),
                     folder / name,
                     "Heatmap of CKA between layers",
                     caption,
@@ -86,7 +87,7 @@ def draw(result: Comparison, folder: Path, attention: tuple[str, ...]) -> Pictur
                 (selves if a == b else pairs).append(picture)
         shares.append(
             _picture(
-                lambda: plots.first_direction_share(result),
+                partial(plots.first_direction_share, result),
                 folder / "first_direction_share",
                 "First-direction share by layer, all models",
                 [findings.largest_share(result)],
@@ -103,7 +104,7 @@ def draw(result: Comparison, folder: Path, attention: tuple[str, ...]) -> Pictur
         if len(result.models) > 1:
             overlays.append(
                 _picture(
-                    lambda measure=measure: plots.attention_overlay(result, measure),  # type: ignore[misc]
+                    partial(plots.attention_overlay, result, measure),
                     folder / measure,
                     f"{title} by block, all models",
                     [f"{title}: line, median head; band, middle half of the heads."],
@@ -114,9 +115,7 @@ def draw(result: Comparison, folder: Path, attention: tuple[str, ...]) -> Pictur
                 continue
             by_model[name].append(
                 _picture(
-                    lambda measure=measure, name=name, relative=relative: heads(  # type: ignore[misc]
-                        result, measure, name, relative=relative, shared=True
-                    ),
+                    partial(heads, result, measure, name, relative=relative, shared=True),
                     folder / f"{measure}_{slugs[name]}",
                     f"{title} of every head by block",
                     [findings.trend(result, measure, name)],

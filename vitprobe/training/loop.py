@@ -138,6 +138,7 @@ class Run:
         if device.type == "cpu" and encoder.width // encoder.heads < _NARROW_HEAD:
             for module in self.method.modules():
                 if isinstance(module, Attention):
+                    # timm marks it final for TorchScript's sake; nothing here is scripted.
                     module.fused_attn = False  # type: ignore[misc]
         self.optimizer = build_optimizer(self.method, recipe.optimizer)
         self._order = torch.empty(0)
