@@ -151,6 +151,8 @@ class Images:
             try:
                 content, image = read()
                 square = _square(image)
+            except MemoryError:
+                raise
             except Exception:
                 # Pillow and the archive modules raise whatever damaged bytes lead them to.
                 return None

@@ -77,6 +77,9 @@ def pretrain(
     """
     out = Path(out)
     resolved = load_recipe(recipe, data=data, overrides=overrides)
+    # Training on MPS is untried, so it is only used when asked for by name.
+    untold = "cuda" if torch.cuda.is_available() else "cpu"
+    device = untold if device == "auto" else device
     run = Run(resolved, load_labelled(resolved.data), find_device(device))
     _prepare(out, run, resume=resume, force=force)
     with _threads(resolved.threads), _sigterm() as terminated, _bar(run, progress) as bar:
