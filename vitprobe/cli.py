@@ -28,10 +28,13 @@ from vitprobe.models.sources import OPTIONS, parse_spec
 if TYPE_CHECKING:
     from vitprobe.models import Model
 
+# Of the processes that torchrun starts, one speaks for all.
+_LEADS = os.environ.get("RANK", "0") == "0"
+
 
 @dataclass
 class Demo:
-    """Train two small ViTs on handwritten digits and compare them; nothing is downloaded."""
+    """Train four small ViTs on handwritten digits and compare them; nothing is downloaded."""
 
     out: Path = Path("demo")
     """Folder for the runs and the report."""
@@ -180,14 +183,23 @@ class Pretrain:
 
     recipe: tyro.conf.Positional[str]
     """Name of a bundled recipe, such as digits_mae, or a TOML file."""
-    out: Path
-    """Folder for the run."""
+    out: Path | None = None
+    """Folder for the run; needed unless --dry-run."""
     data: str | None = None
-    """Training data, if not the recipe's own."""
+    """Training data, if not the recipe's own: a folder, zip or tar with one folder a class (in
+    train/ and val/ or test/, or alone), tar shards, idx files, CIFAR archives, hf:NAME, .npz."""
     set: tuple[str, ...] = ()
     """Overrides of recipe keys, such as epochs=3 or optimizer.lr=1e-3."""
     device: str = "auto"
-    """auto, cpu, cuda, mps."""
+    """auto, cpu, cuda, cuda:1, mps."""
+    workers: int | None = None
+    """Processes that decode images, where they do not live on the device; one a core."""
+    sharded: bool = False
+    """Split weights and optimiser over the processes of torchrun (FSDP)."""
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Also log to these."""
+    dry_run: bool = False
+    """Print the resolved recipe, parameters, FLOPs, steps and memory, and stop."""
     resume: bool = False
     """Go on from the state in OUT."""
     force: bool = False
@@ -195,9 +207,13 @@ class Pretrain:
 
     def run(self) -> str:
         overrides = dict(_override(text) for text in self.set)
+        if self.out is None and not self.dry_run:
+            raise SourceError("no folder for the run; give --out")
 
-        from vitprobe.training import Terminated, pretrain
+        from vitprobe.training import Terminated, plan, pretrain
 
+        if self.out is None or self.dry_run:
+            return plan(self.recipe, data=self.data, overrides=overrides).to_text()
         try:
             encoder = pretrain(
                 self.recipe,
@@ -207,11 +223,69 @@ class Pretrain:
                 resume=self.resume,
                 force=self.force,
                 device=self.device,
+                workers=self.workers,
+                sharded=self.sharded,
+                loggers=self.log,
             )
         except Terminated as stop:
             _complain(str(stop))
             raise
         return str(encoder)
+
+
+@dataclass
+class Runs:
+    """Compare the training runs below a folder: their last values, and a figure of their curves."""
+
+    folder: tyro.conf.Positional[Path]
+    """Holds runs of vitprobe pretrain, at any depth."""
+    out: Path | None = None
+    """Draw the curves there, as .pdf, .svg and .png whichever of them is named."""
+    metric: tuple[str, ...] = ()
+    """As the logs name them; loss, test_accuracy, knn_accuracy and images_per_s unless given."""
+    force: bool = False
+    """Replace earlier curves in OUT."""
+
+    def run(self) -> str:
+        from vitprobe.runs import final_values, read_runs, select
+
+        stem = self.out
+        if stem is not None:
+            stem = stem.with_suffix("") if stem.suffix in (".pdf", ".svg", ".png") else stem
+            for kind in ("pdf", "svg", "png"):
+                check_output(stem.with_name(f"{stem.name}.{kind}"), self.force)
+        metrics = [name for text in self.metric for name in text.split(",") if name]
+        runs = select(read_runs(self.folder), metrics)
+        table = final_values(runs)
+        if stem is None:
+            return table
+
+        from vitprobe.plots import save, training_curves
+
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        save(training_curves(runs), stem)
+        return f"{table}\n{self.out if self.out != stem else f'{stem}.pdf'}"
+
+
+@dataclass
+class Export:
+    """Write a model as a folder that timm (local-dir:) or transformers loads."""
+
+    spec: tyro.conf.Positional[str]
+    """A run's folder, or a checkpoint such as mae.pth,heads=12."""
+    to: Literal["timm", "hf"]
+    """Library that is to load it."""
+    out: Path
+    """Folder for the weights and their description."""
+    force: bool = False
+    """Replace an earlier export in OUT."""
+
+    def run(self) -> str:
+        check_output(self.out, self.force)
+
+        from vitprobe.models.export import export
+
+        return str(export(self.spec, self.to, self.out, force=self.force))
 
 
 Command = (
@@ -220,6 +294,8 @@ Command = (
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
+    | Annotated[Runs, tyro.conf.subcommand("runs")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
 )
 
 
@@ -243,7 +319,9 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     warnings.formatwarning = lambda message, *_: f"vitprobe: warning: {_one_line(str(message))}\n"
     try:
         command = _parse(args)
-        print(command.run())
+        outcome = command.run()
+        if _LEADS:
+            print(outcome)
         if sys.stdout is not None:
             sys.stdout.flush()
         status = 0
@@ -284,7 +362,8 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _complain(text: str) -> None:
-    print(f"vitprobe: {_one_line(text)}", file=sys.stderr)
+    if _LEADS:
+        print(f"vitprobe: {_one_line(text)}", file=sys.stderr)
 
 
 def _parse(args: Sequence[str] | None) -> Any:

@@ -1,25 +1,37 @@
-"""The demonstration: two small ViTs trained on handwritten digits, then compared."""
+"""The demonstration: four small ViTs trained on handwritten digits, then compared."""
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
 
 from vitprobe.compare import compare
 from vitprobe.data.images import images
-from vitprobe.data.labelled import load_labelled
+from vitprobe.data.labelled import Arrays, load_labelled
 from vitprobe.errors import ResultError
 from vitprobe.models import load
 from vitprobe.report import report
 from vitprobe.training import pretrain
 
-RECIPES = {"MAE": "digits_mae", "Supervised": "digits_supervised"}
+RECIPES = {
+    "MAE": "digits_mae",
+    "MoCo-v3": "digits_mocov3",
+    "Supervised": "digits_supervised",
+    "D-MAE": "digits_dmae",
+}
+TEACHER = "MAE"
 UNTRAINED = {"epochs": 0}
 
 
 def demo(out: str | Path, *, force: bool = False) -> Path:
-    """Train an MAE and a supervised ViT on scikit-learn's digits, compare them and their untrained
-    start on the test images, and write the report. Nothing is downloaded.
+    """Train an MAE, a MoCo-v3, a supervised ViT and a D-MAE that the MAE teaches on scikit-learn's
+    digits, compare them and their untrained start on the test images, and write the report.
+    Nothing is downloaded.
 
     Args:
         out: folder for `runs/` and `report/`.
@@ -35,19 +47,43 @@ def demo(out: str | Path, *, force: bool = False) -> Path:
     if out.exists() and not force:
         raise ResultError(f"'{out}' exists; give another --out, or --force to replace it")
     models = []
-    for name, recipe in RECIPES.items():
-        _say(f"training {name} on handwritten digits ({recipe})")
-        models.append(load(pretrain(recipe, out / "runs" / recipe, force=force), name=name))
+    for name, encoder in _train(out / "runs", force=force).items():
+        models.append(load(encoder, name=name))
         metrics = (models[-1].training or {})["metrics"]
-        _say(", ".join(f"{key} {value:.3f}" for key, value in metrics.items()))
-    untrained = pretrain("digits_mae", out / "runs" / "untrained", overrides=UNTRAINED, force=force)
-    models.append(load(untrained, name="Untrained"))
+        _say(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in metrics.items()))
     _say("comparing them on the test images")
-    digits = load_labelled("digits")
-    pictures = images(digits.images[digits.test])
+    pictures = images(_test_images())
     pictures.source = "scikit-learn's digits, test images"
     result = compare(models, pictures)
     return report(result, out / "report", force=force)
+
+
+def _train(runs: Path, *, force: bool) -> dict[str, Path]:
+    """The encoder of every run. Two train at a time: each keeps one core busy."""
+    jobs: dict[str, Future[Path]] = {}
+    # Forked processes would share torch's threads with this one, and hang.
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        for name, recipe in RECIPES.items():
+            changes: dict[str, Any] = {}
+            if name == "D-MAE":
+                jobs[TEACHER].result()
+                changes["distill.teacher"] = f"run:{runs / RECIPES[TEACHER]}"
+            _say(f"training {name} on handwritten digits ({recipe})")
+            jobs[name] = pool.submit(
+                pretrain, recipe, runs / recipe, overrides=changes, force=force, progress=False
+            )
+        jobs["Untrained"] = pool.submit(
+            pretrain, "digits_mae", runs / "untrained", overrides=UNTRAINED, force=force,
+            progress=False,
+        )  # fmt: skip
+        return {name: job.result() for name, job in jobs.items()}
+
+
+def _test_images() -> NDArray[Any]:
+    test = load_labelled("digits").test
+    if not isinstance(test, Arrays):
+        raise TypeError("scikit-learn's digits are arrays")
+    return test.images
 
 
 def _say(text: str) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import zlib
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from vitprobe.training.randomness import Draws, epoch_order, sequence
 
@@ -37,6 +40,29 @@ def test_sequence_is_splitmix64() -> None:
 def test_sequence_wraps_like_unsigned_words(state: int) -> None:
     ours = sequence(torch.tensor([state]), 4)[0]
     assert [word % WORD for word in ours.tolist()] == _splitmix64(state % WORD, 4)
+
+
+def test_the_numbers_of_a_key_never_change() -> None:
+    # Runs are resumed, and results repeated, by versions to come.
+    first = Draws(0, 0, torch.tensor([0, 1])).bits("crop", 2)
+    assert first.tolist() == [
+        [34945933877688952, 6118072097760454229],
+        [5932695855644490731, 7398340544286071568],
+    ]
+    second = Draws(7, 3, torch.tensor([5])).bits("mask", 2)
+    assert second.tolist() == [[-6289042420112705702, 557490559035593236]]
+
+
+@pytest.mark.parametrize("seed", [-1, 0, 2**62, 2**63 - 1])
+def test_any_seed_and_index_make_a_key(seed: int) -> None:
+    # The key in exact integers, as the module's docstring describes it.
+    key = 0
+    for part in (seed, 2, zlib.crc32(b"crop")):
+        key = _splitmix64((key + part) % WORD, 1)[0]
+    for index in (0, 5, 2**62, -1):
+        state = _splitmix64((index + key - 0x9E3779B97F4A7C15) % WORD, 1)[0]
+        ours = Draws(seed, 2, torch.tensor([index])).bits("crop", 3)[0]
+        assert [word % WORD for word in ours.tolist()] == _splitmix64(state, 3)
 
 
 @given(cut=st.integers(1, 31), order=st.permutations(range(32)))
@@ -75,6 +101,18 @@ def test_uniform_numbers_are_uniform_and_uncorrelated() -> None:
     assert abs(neighbours[0, 1]) < 0.03
 
 
+@pytest.mark.parametrize("n", [1, 7])
+def test_normal_numbers_are_normal_and_uncorrelated(n: int) -> None:
+    numbers = Draws(0, 0, torch.arange(20_000)).normal("noise", n)
+    assert numbers.shape == (20_000, n)
+    assert numbers.dtype == torch.float32
+    for column in numbers.double().T.numpy():
+        assert stats.kstest(column, "norm").pvalue > 0.001
+    if n > 1:
+        for values in (numbers, numbers.square()):
+            assert (torch.corrcoef(values.T) - torch.eye(n)).abs().max() < 0.03
+
+
 def test_permutations_are_permutations_and_uniform() -> None:
     orders = Draws(0, 0, torch.arange(24_000)).permutation("mask", 4)
     assert torch.equal(orders.sort(dim=1).values, torch.arange(4).expand(24_000, 4))
@@ -98,4 +136,5 @@ def test_a_gpu_draws_what_the_cpu_draws() -> None:
     index = torch.arange(512)
     on_cpu, on_gpu = Draws(1, 2, index), Draws(1, 2, index.cuda())
     assert torch.equal(on_cpu.uniform("crop", 9), on_gpu.uniform("crop", 9).cpu())
+    torch.testing.assert_close(on_cpu.normal("noise", 9), on_gpu.normal("noise", 9).cpu())
     assert torch.equal(on_cpu.permutation("mask", 36), on_gpu.permutation("mask", 36).cpu())

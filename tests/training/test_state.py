@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from vitprobe.errors import CheckpointError, ResultError
-from vitprobe.training.state import load_state, save_state
+from vitprobe.training.state import load_state, previous, save_state
 
 
 def test_round_trip_leaves_one_file(tmp_path: Path) -> None:
     state = {"step": 3, "recipe": {"lr": 1e-3, "names": ["a"]}, "weights": torch.arange(4.0)}
     save_state(tmp_path / "state.pt", state)
-    loaded = load_state(tmp_path / "state.pt")
+    loaded, damage = load_state(tmp_path / "state.pt")
+    assert damage == ""
     assert torch.equal(loaded.pop("weights"), state.pop("weights"))
     assert loaded == state
     assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
@@ -35,7 +36,7 @@ def test_a_failed_write_leaves_the_state_before_intact(
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(ResultError, match=r"No space left.*the one before is intact"):
         save_state(path, {"step": 2})
-    assert load_state(path) == {"step": 1}
+    assert load_state(path) == ({"step": 1}, "")
     assert [entry.name for entry in tmp_path.iterdir()] == ["state.pt"]
 
 
@@ -44,22 +45,29 @@ class _Payload:
         return (open, ("ran", "w"))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "payload", "flipped"])
+def _damaged(whole: bytes, damage: str) -> bytes:
+    middle = len(whole) // 2
+    return {
+        "truncated": whole[:middle],
+        "empty": b"",
+        "text": b"hello",
+        "payload": pickle.dumps(_Payload()),
+        "directory": whole.replace(b"PK\x01\x02", b"PK\x09\x02"),
+        "one bit of a weight": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+    }[damage]
+
+
+DAMAGES = ["truncated", "empty", "text", "payload", "directory", "one bit of a weight"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_state_is_named_and_nothing_in_it_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "state.pt"
     save_state(path, {"weights": torch.arange(1000.0)})
-    whole = path.read_bytes()
-    contents = {
-        "truncated": whole[: len(whole) // 2],
-        "empty": b"",
-        "text": b"hello",
-        "payload": pickle.dumps(_Payload()),
-        "flipped": whole.replace(b"PK\x01\x02", b"PK\x09\x02"),
-    }
-    path.write_bytes(contents[damage])
+    path.write_bytes(_damaged(path.read_bytes(), damage))
     with pytest.raises(CheckpointError, match=r"state\.pt is damaged"):
         load_state(path)
     assert not (tmp_path / "ran").exists()
@@ -68,3 +76,34 @@ def test_a_damaged_state_is_named_and_nothing_in_it_runs(
 def test_a_missing_state_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="No training state"):
         load_state(tmp_path / "state.pt")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_state_before_a_damaged_one_is_taken_and_it_is_said(
+    tmp_path: Path, damage: str
+) -> None:
+    path = tmp_path / "state.pt"
+    for step in (1, 2, 3):
+        save_state(path, {"step": step, "weights": torch.arange(1000.0) * step})
+    assert {entry.name for entry in tmp_path.iterdir()} == {"state.pt", "state.previous.pt"}
+    path.write_bytes(_damaged(path.read_bytes(), damage))
+    state, said = load_state(path)
+    assert state["step"] == 2
+    assert said.startswith(f"The training state {path} is damaged")
+    assert said.endswith("going on from state.previous.pt")
+
+
+def test_a_crash_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    save_state(path, {"step": 1})
+    path.rename(previous(path))
+    state, said = load_state(path)
+    assert (state, "is missing" in said) == ({"step": 1}, True)
+
+
+def test_two_damaged_states_are_both_named(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    path.write_bytes(b"hello")
+    previous(path).write_bytes(b"hello")
+    with pytest.raises(CheckpointError, match=r"state\.pt is damaged.*state\.previous\.pt"):
+        load_state(path)

@@ -1,16 +1,17 @@
-"""Post-softmax attention, seen where it is computed.
+"""Attention, seen where it is computed.
 
 A TorchFunctionMode sees every call of softmax and of scaled dot-product attention while a model
 runs, whatever class makes it and whether or not a fused kernel does the work, and leaves the call
 itself alone, so the model's output does not change by a bit. What the attention is inside a fused
-kernel is computed again from the same queries and keys, in single precision, in chunks, and never
-for more than a few megabytes at a time.
+kernel is computed again from the same queries and keys, in single precision; for measures in
+chunks, and never for more than a few megabytes at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -25,6 +26,9 @@ from vitprobe.measures.attention import AttentionChunk
 from vitprobe.models import Model
 
 OnAttention = Callable[[AttentionChunk], None]
+Logits = Callable[[slice, slice], Tensor]
+"""What softmax is given, scaled and masked, for some images and queries: (images, heads, queries,
+keys) float32, with the gradient of the queries and keys that it comes from."""
 
 CHUNK_ELEMENTS: Final = 1 << 21
 """Most attention weights in one chunk (8 MB in single precision)."""
@@ -32,29 +36,32 @@ CHUNK_ELEMENTS: Final = 1 << 21
 _SOFTMAX: Final = (torch.softmax, F.softmax, Tensor.softmax)
 
 
-class AttentionTap(TorchFunctionMode):
-    """Hands on the attention of a model's blocks while it is active.
+class AttentionWatch(TorchFunctionMode):
+    """Sees the attention of chosen blocks while it is active, and hands it on.
 
     Args:
         model: whose attention modules tell which layer a call belongs to.
-        geometry: where its tokens lie.
-        on_attention: called with every chunk; must not keep it.
+        layers: the blocks, counted from 0.
     """
 
-    def __init__(self, model: Model, geometry: Geometry, on_attention: OnAttention) -> None:
+    def __init__(self, model: Model, layers: Iterable[int]) -> None:
         super().__init__()
-        self.first_image = 0
-        self.calls = [0] * len(model.anatomy.blocks)
+        self.calls = dict.fromkeys(layers, 0)
         self._model = model
-        self._geometry = geometry
-        self._on_attention = on_attention
         self._layer: int | None = None
+
+    @abstractmethod
+    def hand_on(
+        self, layer: int, shape: tuple[int, ...], device: torch.device, logits: Logits
+    ) -> None:
+        """Take what one call computes; shape is (images, heads, queries, keys)."""
 
     def hook(self) -> Sequence[RemovableHandle]:
         """Register the hooks that say which layer is running."""
         modules = dict(self._model.module.named_modules())
         handles: list[RemovableHandle] = []
-        for layer, path in enumerate(self._model.anatomy.attentions):
+        for layer in self.calls:
+            attention = modules[self._model.anatomy.attentions[layer]]
 
             def enter(module: nn.Module, args: object, layer: int = layer) -> None:
                 self._layer = layer
@@ -62,8 +69,8 @@ class AttentionTap(TorchFunctionMode):
             def leave(module: nn.Module, args: object, output: object) -> None:
                 self._layer = None
 
-            handles.append(modules[path].register_forward_pre_hook(enter))
-            handles.append(modules[path].register_forward_hook(leave, always_call=True))
+            handles.append(attention.register_forward_pre_hook(enter))
+            handles.append(attention.register_forward_hook(leave, always_call=True))
         return handles
 
     def __torch_function__(
@@ -102,7 +109,9 @@ class AttentionTap(TorchFunctionMode):
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
 
         def logits(images: slice, queries: slice) -> Tensor:
-            product = (query[images, :, queries].float() * scale) @ key[images].float().mT
+            # Autocast would take the product in half precision again.
+            with torch.autocast(query.device.type, enabled=False):
+                product = (query[images, :, queries].float() * scale) @ key[images].float().mT
             if attn_mask is None:
                 return product
             mask = attn_mask.expand(*query.shape[:3], key.shape[2])[images, :, queries]
@@ -110,7 +119,7 @@ class AttentionTap(TorchFunctionMode):
                 return product.masked_fill(~mask, -torch.inf)
             return product + mask
 
-        self._hand_on(layer, (*query.shape[:3], key.shape[2]), query.device, logits)
+        self._spoke(layer, (*query.shape[:3], key.shape[2]), query.device, logits)
 
     def _plain(
         self, layer: int, logits: Tensor, dim: int | None = None, *args: object, **kwargs: object
@@ -121,17 +130,37 @@ class AttentionTap(TorchFunctionMode):
                 f"dimension {dim} is not (images, heads, queries, keys); leave attention out of "
                 "the measures"
             )
-        self._hand_on(
-            layer, tuple(logits.shape), logits.device, lambda i, q: logits[i, :, q].float()
-        )
+        self._spoke(layer, tuple(logits.shape), logits.device, lambda i, q: logits[i, :, q].float())
 
-    def _hand_on(
-        self,
-        layer: int,
-        shape: tuple[int, ...],
-        device: torch.device,
-        logits: Callable[[slice, slice], Tensor],
+    def _spoke(
+        self, layer: int, shape: tuple[int, ...], device: torch.device, logits: Logits
     ) -> None:
+        self.calls[layer] += 1
+        self.hand_on(layer, shape, device, logits)
+
+
+class AttentionTap(AttentionWatch):
+    """Hands on the post-softmax attention of all blocks of a model, in chunks.
+
+    Args:
+        model: as above.
+        geometry: where its tokens lie.
+        on_attention: called with every chunk; must not keep it.
+    """
+
+    def __init__(self, model: Model, geometry: Geometry, on_attention: OnAttention) -> None:
+        super().__init__(model, range(len(model.anatomy.blocks)))
+        self.first_image = 0
+        self._geometry = geometry
+        self._on_attention = on_attention
+
+    def hand_on(
+        self, layer: int, shape: tuple[int, ...], device: torch.device, logits: Logits
+    ) -> None:
+        """Hand on the chunks of one call, without gradients.
+
+        Raises CaptureError for other numbers of queries and keys than the geometry has.
+        """
         geometry = self._geometry
         _, _, queries, keys = shape
         if (queries, keys) != (
@@ -143,7 +172,6 @@ class AttentionTap(TorchFunctionMode):
                 f"{keys} keys does not fit {len(geometry.query_xy)} patches and "
                 f"{geometry.query_prefix} prefix tokens"
             )
-        self.calls[layer] += 1
         query_xy = geometry.query_xy
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             for images, rows in _chunks(shape):

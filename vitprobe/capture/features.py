@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -50,6 +50,13 @@ def hook_features(
     """
     convention = convention_of(model, convention)
     anatomy = model.anatomy
+    if convention == "residual":
+
+        def passing(layer: int, value: object) -> None:
+            on_features(layer, _tokens(model, anatomy.blocks[max(0, layer - 1)], value))
+
+        return hook_stream(model, feature_layers(anatomy), passing)
+
     modules = dict(model.module.named_modules())
     last = len(anatomy.blocks)
 
@@ -64,16 +71,6 @@ def hook_features(
 
         return modules[path].register_forward_hook(hook)
 
-    if convention == "residual":
-        first = anatomy.blocks[0]
-
-        def entering(module: nn.Module, args: tuple[object, ...]) -> None:
-            on_features(0, _tokens(model, first, args[0] if args else None))
-
-        return [
-            modules[first].register_forward_pre_hook(entering),
-            *(output(i + 1, path) for i, path in enumerate(anatomy.blocks)),
-        ]
     handles = [output(i, path) for i, path in enumerate(anatomy.norms) if path is not None]
     if anatomy.final_norm is None:
         handles.append(output(last, anatomy.blocks[-1]))
@@ -82,6 +79,28 @@ def hook_features(
     else:
         handles.append(output(last, anatomy.final_norm))
     return handles
+
+
+def hook_stream(
+    model: Model, layers: Iterable[int], on_value: Callable[[int, object], None]
+) -> Sequence[RemovableHandle]:
+    """Register hooks that call `on_value` with what passes at chosen `residual` layers, untouched.
+
+    For layer 0 that is what block 0 reads, for layer i what block i - 1 returns.
+    """
+    modules = dict(model.module.named_modules())
+    blocks = [modules[path] for path in model.anatomy.blocks]
+
+    def hook(layer: int) -> RemovableHandle:
+        if layer == 0:
+            return blocks[0].register_forward_pre_hook(
+                lambda block, args: on_value(0, args[0] if args else None)
+            )
+        return blocks[layer - 1].register_forward_hook(
+            lambda block, args, result: on_value(layer, result)
+        )
+
+    return [hook(layer) for layer in layers]
 
 
 def _tokens(model: Model, path: str, value: object) -> Tensor:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from vitprobe.capture.attention import AttentionTap, OnAttention
+from vitprobe.capture.calls import check_calls
 from vitprobe.capture.features import Convention, OnFeatures, feature_layers, hook_features
 from vitprobe.capture.geometry import plain
-from vitprobe.errors import CaptureError
 from vitprobe.models import Model
+
+_REMEDY = "compare it without measures that need them"
 
 
 class Recorder:
@@ -43,7 +45,7 @@ class Recorder:
         self._convention: Convention = convention
         self._on_features = on_features
         self._on_attention = on_attention
-        self._seen: list[int] = []
+        self._seen: dict[int, int] = {}
         self._tap: AttentionTap | None = None
         self._stack = ExitStack()
 
@@ -80,8 +82,7 @@ class Recorder:
         Raises:
             CaptureError: a layer that was asked for stayed silent, or spoke more than once.
         """
-        layers = len(feature_layers(self.model.anatomy))
-        self._seen = [0] * layers
+        self._seen = dict.fromkeys(feature_layers(self.model.anatomy), 0)
         inputs = self.model.normalize(images)
         parameter = next(self.model.module.parameters(), inputs)
         if parameter.is_floating_point():
@@ -90,12 +91,12 @@ class Recorder:
             output = self.model.module(inputs)
         else:
             self._tap.first_image = first_image
-            self._tap.calls = [0] * len(self.model.anatomy.blocks)
+            self._tap.calls = dict.fromkeys(self._tap.calls, 0)
             with self._tap:
                 output = self.model.module(inputs)
-            self._check("attention", self._tap.calls)
+            check_calls(self.model, "attention", self._tap.calls, _REMEDY)
         if self._on_features is not None:
-            self._check("features", self._seen)
+            check_calls(self.model, "features", self._seen, _REMEDY)
         return output
 
     def _feature(self, layer: int, tokens: Tensor) -> None:
@@ -103,21 +104,3 @@ class Recorder:
         if self._on_features is not None:
             with torch.no_grad():
                 self._on_features(layer, tokens)
-
-    def _check(self, what: str, calls: list[int]) -> None:
-        silent = [layer for layer, count in enumerate(calls) if count == 0]
-        repeated = [layer for layer, count in enumerate(calls) if count > 1]
-        if silent:
-            raise CaptureError(
-                f"model '{self.model.name}' gave no {what} in layers {_listed(silent)}; "
-                "compare it without measures that need them"
-            )
-        if repeated:
-            raise CaptureError(
-                f"model '{self.model.name}' gave {what} more than once in layers "
-                f"{_listed(repeated)}, so which one is meant is not known"
-            )
-
-
-def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers[:6])) + (" …" if len(numbers) > 6 else "")

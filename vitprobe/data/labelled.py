@@ -1,50 +1,146 @@
-"""Labelled images in memory, split into training and test, for the training recipes."""
+"""Labelled images from wherever they are, for the training recipes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+import re
+import tarfile
+import zipfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
+from vitprobe.data.archives import list_tar, list_zip
+from vitprobe.data.arrays import arrays, load_npz, with_channels
+from vitprobe.data.cifar import cifar_kind, load_cifar
+from vitprobe.data.folders import load_archive, load_folder
+from vitprobe.data.huggingface import load_huggingface
+from vitprobe.data.idx import holds_idx, load_fashion_mnist, load_idx
+from vitprobe.data.parts import (
+    Arrays,
+    Files,
+    Labelled,
+    Split,
+    check_same_classes,
+    numbered_classes,
+)
+from vitprobe.data.shards import expand, is_pattern, is_shard, load_shards
 from vitprobe.errors import DataError, suggest
 
-_SOURCES = ("digits",)
-_DIGITS_TRAINING_IMAGES = 1437
+__all__ = ["Arrays", "Files", "Labelled", "load_labelled"]
+
+_DIGITS_TRAINING_IMAGES: Final = 1437
+_APART: Final = re.compile(r"train=(.+?),\s*test=(.+)")
 
 
-@dataclass(frozen=True)
-class LabelledArrays:
-    """Images with one class each; `train` and `test` index disjoint parts of them.
+def load_labelled(source: Any, *, channels: int | None = None) -> Labelled:
+    """Images to train on and, where the source has them, held-out ones.
 
-    images: (n, channels, height, width) float32 in [0, 1].
-    labels: (n,) int64, indices into `classes`.
-    classes: the name of each class.
-    train, test: (n_train,) and (n_test,) int64.
+    Args:
+        source: one of
+
+            - `digits`, scikit-learn's; `fashion-mnist`, where it is installed;
+            - a folder with idx files; a CIFAR archive for Python or its folder;
+            - a folder, zip or uncompressed tar of images, see `vitprobe.data.folders`;
+            - tar shards, as a pattern `shards-{0000..0099}.tar` or their folder, see
+              `vitprobe.data.shards`;
+            - `hf:` and the name or folder of a Hugging Face data set;
+            - an .npz with `images`, `labels`, `test_images`, `test_labels`;
+            - `train=` one of these `,test=` another;
+            - a pair of arrays (images, labels), images (n, channels, height, width) uint8 or floats
+              in [0, 1], labels (n,) or None;
+            - what this function returned.
+        channels: 1 or 3, to have colour turned into ITU-R BT.601 luminance and grey repeated. As
+            stored where it is None, except for encoded images, which are then decoded to 3.
+
+    Raises:
+        DataError: no such source, nothing to train on in it, damaged data, or other classes among
+            the held-out images.
     """
+    found = source if isinstance(source, Labelled) else _load(source)
+    if channels is None:
+        return found
+    train, test = with_channels(found.train, channels, found.source), found.test
+    if test is not None:
+        test = with_channels(test, channels, found.source)
+    return replace(found, train=train, test=test)
 
-    images: NDArray[np.float32]
-    labels: NDArray[np.int64]
-    classes: tuple[str, ...]
-    train: NDArray[np.int64]
-    test: NDArray[np.int64]
+
+def _load(source: Any) -> Labelled:
+    if isinstance(source, tuple) and len(source) == 2:
+        part = arrays(*source, "the arrays given")
+        return Labelled("arrays", part, None, numbered_classes(part.labels))
+    if not isinstance(source, (str, os.PathLike)):
+        raise DataError(
+            f"cannot read labelled images from {type(source).__name__}; "
+            "give a source's name, a path, or a pair (images, labels)"
+        )
+    text = os.fspath(source)
+    apart = _APART.fullmatch(text)
+    split = _apart(text, *apart.groups()) if apart else _split(text)
+    if split.train is None:
+        raise DataError(
+            f"'{text}' holds held-out images only; give 'train=…,test={text}' with some to train on"
+        )
+    return Labelled(text, split.train, split.test, split.classes)
 
 
-def load_labelled(source: str | Path) -> LabelledArrays:
-    """The labelled images `source` names; "digits" is scikit-learn's.
+def _apart(source: str, train: str, test: str) -> Split:
+    first, second = _split(train), _split(test)
+    if first.train is None:
+        raise DataError(f"'{train}' holds held-out images only, nothing to train on")
+    check_same_classes(source, first.classes, second.classes)
+    return Split(first.train, second.test or second.train, first.classes)
 
-    Raises DataError for any other source.
-    """
-    if str(source) == "digits":
-        return _digits()
+
+def _split(source: str) -> Split:
+    if source in _NAMED:
+        return _NAMED[source]()
+    if source.startswith("hf:"):
+        return load_huggingface(source.removeprefix("hf:"))
+    if is_pattern(source):
+        return load_shards(source, expand(source))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _from_folder(path)
+    if path.is_file():
+        return _from_file(path)
     raise DataError(
-        f"Labelled images from {str(source)!r} are not supported; "
-        f"use one of: {', '.join(_SOURCES)}.{suggest(str(source), _SOURCES)}"
+        f"no labelled images '{source}': there is no such file or folder, and it is none of "
+        f"{', '.join(_NAMED)}, hf:NAME.{suggest(source, _NAMED)}"
     )
 
 
-def _digits() -> LabelledArrays:
+def _from_folder(path: Path) -> Split:
+    if holds_idx(path):
+        return load_idx(path)
+    if cifar_kind(path):
+        return load_cifar(path)
+    shards = sorted(path.glob("*.tar"))
+    return load_shards(str(path), shards) if shards else load_folder(path)
+
+
+def _from_file(path: Path) -> Split:
+    if path.suffix == ".npz":
+        return load_npz(path)
+    if zipfile.is_zipfile(path):
+        return load_archive(path, *list_zip(path))
+    if cifar_kind(path):
+        return load_cifar(path)
+    if path.suffix == ".tar" or tarfile.is_tarfile(path):
+        members, folders = list_tar(path)
+        if is_shard(members):
+            return load_shards(str(path), [path])
+        return load_archive(path, members, folders)
+    raise DataError(
+        f"'{path}' is no source of labelled images; "
+        "give a folder, a zip, an uncompressed tar, a CIFAR archive or an .npz"
+    )
+
+
+def _digits() -> Split:
     """1,797 handwritten digits, 8 x 8 grey, 0..16 in the source (Alpaydin & Kaynak, UCI, 1998).
 
     The split is the same in every run whatever its seed, so that test accuracies compare.
@@ -52,11 +148,12 @@ def _digits() -> LabelledArrays:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    order = np.random.default_rng(0).permutation(len(bunch.images)).astype(np.int64)
-    return LabelledArrays(
-        images=(bunch.images[:, None] / 16).astype(np.float32),
-        labels=bunch.target.astype(np.int64),
-        classes=tuple(str(name) for name in bunch.target_names),
-        train=order[:_DIGITS_TRAINING_IMAGES],
-        test=order[_DIGITS_TRAINING_IMAGES:],
+    order = np.random.default_rng(0).permutation(len(bunch.images))
+    train, test = (
+        arrays(bunch.images[part, None] / 16, bunch.target[part], "digits")
+        for part in (order[:_DIGITS_TRAINING_IMAGES], order[_DIGITS_TRAINING_IMAGES:])
     )
+    return Split(train, test, tuple(str(name) for name in bunch.target_names))
+
+
+_NAMED: Final = {"digits": _digits, "fashion-mnist": load_fashion_mnist}

@@ -1,7 +1,8 @@
-"""Figures of a comparison, one function a figure.
+"""Figures of a comparison, one function a figure, and of training runs.
 
-Every function takes a `Comparison`. Those with `ax` draw into it under the caller's own style and
-return it; without `ax` they make a figure under vitprobe's. Nothing here changes global style.
+Every function takes a `Comparison`, but `training_curves` a table of `vitprobe.runs`. Those with
+`ax` draw into it under the caller's own style and return it; without `ax` they make a figure under
+vitprobe's. Nothing here changes global style.
 """
 
 from vitprobe.plots.attention import (
@@ -13,6 +14,7 @@ from vitprobe.plots.attention import (
 )
 from vitprobe.plots.similarity import cka_grid, cka_heatmap, first_direction_share
 from vitprobe.plots.style import save, style
+from vitprobe.plots.training import training_curves
 
 __all__ = [
     "attention_distance",
@@ -25,4 +27,5 @@ __all__ = [
     "save",
     "sink_mass",
     "style",
+    "training_curves",
 ]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ class EncoderConfig:
 
     mean, std: per channel, of images in [0, 1]; they travel with the checkpoint.
     positions: embeddings that are learned, or the fixed `sincos_positions`.
+    drop_path: largest rate of stochastic depth (Huang et al. 2016), rising linearly over the blocks
+        from 0; only while training.
     """
 
     image_size: int
@@ -35,6 +38,7 @@ class EncoderConfig:
     std: tuple[float, ...]
     mlp_ratio: float = 4.0
     positions: Literal["learned", "sincos"] = "learned"
+    drop_path: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size", "channels", "width", "depth", "heads"):
@@ -57,6 +61,8 @@ class EncoderConfig:
             )
         if min(self.std) <= 0:
             raise RecipeError(f"encoder.std must be above 0, not {list(self.std)}.")
+        if not 0 <= self.drop_path < 1:
+            raise RecipeError(f"encoder.drop_path must lie in [0, 1), not {self.drop_path}.")
         if self.mlp_ratio <= 0:
             raise RecipeError(f"encoder.mlp_ratio must be above 0, not {self.mlp_ratio}.")
 
@@ -88,7 +94,9 @@ def build_encoder(config: EncoderConfig, num_classes: int = 0) -> VisionTransfor
     narrow model far too small: layers at a standard deviation of 0.02, which suits width 768, and
     a class token of 1e-6, which the norms cannot lift above their epsilon.
     """
-    encoder = VisionTransformer(**config.architecture(num_classes), weight_init="jax")
+    encoder = VisionTransformer(
+        **config.architecture(num_classes), weight_init="jax", drop_path_rate=config.drop_path
+    )
     nn.init.normal_(encoder.get_parameter("cls_token"), std=0.02)
     for i in range(config.depth):
         qkv = encoder.get_parameter(f"blocks.{i}.attn.qkv.weight").detach()
@@ -97,6 +105,40 @@ def build_encoder(config: EncoderConfig, num_classes: int = 0) -> VisionTransfor
     if config.positions == "sincos":
         encoder.pos_embed = fixed_positions(config.width, config.grid)
     return encoder
+
+
+def encode(encoder: VisionTransformer, images: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Tokens after the final norm: (b, prefix + patches, width), or with only some patches seen.
+
+    images: (b, c, h, w) normalised. visible: (b, v) int64 indices of the patches that enter the
+    blocks, in that order, each with the position it has in the whole image (He et al. 2022,
+    section 3); only those are embedded.
+    """
+    if visible is None:
+        return encoder.forward_features(images)
+    projection = encoder.patch_embed.proj
+    patches = F.unfold(images, projection.kernel_size, stride=projection.stride).mT
+    weight = projection.weight.flatten(1)
+    tokens = F.linear(take(patches, visible), weight, projection.bias)
+    tokens = encoder.patch_embed.norm(tokens)
+    prefix = [
+        token.expand(len(images), -1, -1)
+        for token in (encoder.cls_token, encoder.reg_token)
+        if token is not None
+    ]
+    count = sum(token.shape[1] for token in prefix)
+    positions: Tensor = encoder.get_parameter("pos_embed")
+    if positions.shape[1] > patches.shape[1]:
+        prefix = [torch.cat(prefix, dim=1) + positions[:, :count]]
+        positions = positions[:, count:]
+    tokens = tokens + take(positions.expand(len(images), -1, -1), visible)
+    tokens = encoder.norm_pre(torch.cat([*prefix, tokens], dim=1))
+    return encoder.norm(encoder.blocks(tokens))
+
+
+def take(tokens: Tensor, index: Tensor) -> Tensor:
+    """tokens (b, n, d) at index (b, m) → (b, m, d)."""
+    return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
 def fixed_positions(width: int, grid: int) -> nn.Parameter:
@@ -121,11 +163,12 @@ def sincos_positions(width: int, grid: int) -> Tensor:
     return torch.cat([column, row], dim=-1).flatten(0, 1).float()
 
 
-def save_encoder(encoder: VisionTransformer, path: Path, metadata: Mapping[str, Any]) -> None:
-    """Write timm's state dict in fp32 as safetensors, with `metadata` as JSON under "vitprobe"."""
+def save_encoder(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, Any]) -> None:
+    """Write an encoder's state dict in fp32 as safetensors, with `metadata` as JSON under
+    "vitprobe"."""
     tensors = {
         name: tensor.detach().to("cpu", torch.float32).contiguous()
-        for name, tensor in encoder.state_dict().items()
+        for name, tensor in state.items()
     }
     with replacing(path) as partial:
         partial.write_bytes(save(tensors, metadata={"vitprobe": json.dumps(metadata)}))

@@ -3,38 +3,42 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import Attention
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vitprobe.data.labelled import LabelledArrays, load_labelled
+from vitprobe import provenance
+from vitprobe.data.labelled import Labelled, load_labelled
 from vitprobe.devices import find_device
-from vitprobe.errors import CheckpointError, RecipeError, ResultError
-from vitprobe.training.augment import Augment
+from vitprobe.errors import CheckpointError, ResultError
+from vitprobe.training import distributed
 from vitprobe.training.encoder import save_encoder
-from vitprobe.training.methods import METHODS, Batch
-from vitprobe.training.optimizer import build_optimizer
-from vitprobe.training.randomness import Draws, epoch_order
+from vitprobe.training.loggers import Logger, open_loggers
+from vitprobe.training.methods.distill import Distilled
+from vitprobe.training.pictures import save_grid
 from vitprobe.training.recipe import Recipe, load_recipe
-from vitprobe.training.schedule import warmup_cosine
-from vitprobe.training.state import load_state, save_state, write_text
+from vitprobe.training.run import Run
+from vitprobe.training.state import load_state, previous, save_state, write_text
 
 _RECIPE, _LOG, _STATE, _ENCODER = "recipe.toml", "log.jsonl", "state.pt", "encoder.safetensors"
+_ABOUT, _SNAPSHOTS, _PICTURES = "run.json", "snapshots", "pictures"
 # What a log line says about the run's progress rather than about what was learned.
-_PROGRESS_KEYS = ("step", "epoch", "lr", "images_per_s")
-
-# Below this width of a head torch's fused attention is slower on the CPU than its plain products:
-# 2.8 against 2.0 s for an epoch of digits_supervised on one thread.
-_NARROW_HEAD = 16
+_PROGRESS_KEYS = ("step", "epoch", "lr", "images_per_s", "gradient_norm")
+# Processes have to agree on stopping and saving, which makes them wait for each other.
+_AGREE_EVERY = 10
+_SHOWN_EVERY_S = 1.0
 
 
 class Terminated(SystemExit):
@@ -55,238 +59,260 @@ def pretrain(
     recipe: str | Path | Recipe,
     out: str | Path,
     *,
-    data: str | Path | None = None,
+    data: Any = None,
     overrides: Mapping[str, Any] | None = None,
     resume: bool = False,
     force: bool = False,
     device: str = "auto",
+    workers: int | None = None,
+    sharded: bool = False,
+    loggers: Sequence[str] = (),
     progress: bool = True,
 ) -> Path:
     """Train as `recipe` says into the directory `out`; returns the path of encoder.safetensors.
 
     `out` gets recipe.toml (resolved), log.jsonl (a line an epoch: means of the loss and its terms
-    over the epoch, the last learning rate, images per second), state.pt and encoder.safetensors
-    (timm's VisionTransformer keys, fp32; metadata as JSON under "vitprobe").
+    over the epoch, the last learning rate, images per second, scores), state.pt and the state
+    before it, encoder.safetensors (timm's VisionTransformer keys, fp32; metadata as JSON under
+    "vitprobe"), snapshots/ of the encoder and pictures/ where the recipe and method have them.
 
-    `resume` continues from state.pt, on the CPU with bitwise the numbers of a run that was never
-    stopped. `device` is "auto" (CUDA, else the CPU) or a torch device.
+    Started by torchrun, the processes train as one: the batch of the recipe is shared out.
 
-    Raises RecipeError for a recipe that cannot be followed or a loss that is not finite, DataError
-    for its data, ResultError for an `out` that exists (without `force` or `resume`) or cannot be
-    written, CheckpointError for a state that cannot be resumed from, and Terminated.
+    Args:
+        recipe: name of a bundled recipe, path of a TOML file, or a Recipe.
+        out: directory of the run.
+        data: instead of the recipe's: a source string or path, arrays (images, labels), a Labelled.
+        overrides: of recipe keys, {"optimizer.lr": 1e-3}.
+        resume: continue from state.pt; on the CPU with bitwise the numbers of a run that was never
+            stopped.
+        force: replace an earlier run in `out`.
+        device: "auto" (CUDA, else the CPU) or a torch device.
+        workers: processes that decode images, where they do not live on the device; by default one
+            a core, at most 16.
+        sharded: split weights and optimiser over the processes, for models too large for one.
+        loggers: "tensorboard", "wandb".
+        progress: say on stderr how it goes.
+
+    Raises:
+        RecipeError: a recipe that cannot be followed, or a loss that is not finite.
+        DataError: its data cannot be read.
+        ResultError: `out` exists (without `force` or `resume`) or cannot be written.
+        CheckpointError: a state that cannot be resumed from.
+        Terminated: see there.
     """
     out = Path(out)
-    resolved = load_recipe(recipe, data=data, overrides=overrides)
-    # Training on MPS is untried, so it is only used when asked for by name.
-    untold = "cuda" if torch.cuda.is_available() else "cpu"
-    device = untold if device == "auto" else device
-    run = Run(resolved, load_labelled(resolved.data), find_device(device))
-    _prepare(out, run, resume=resume, force=force)
-    with _threads(resolved.threads), _sigterm() as terminated, _bar(run, progress) as bar:
-        while run.step < run.steps:
-            run.advance()
-            bar.update()
-            if run.step % run.steps_per_epoch == 0:
-                line = run.log_line()
-                with (out / _LOG).open("a", encoding="utf-8") as log:
-                    log.write(json.dumps(line) + "\n")
-                bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
-                if run.epoch % resolved.save_every == 0:
-                    save_state(out / _STATE, run.state())
-            if terminated.is_set():
-                save_state(out / _STATE, run.state())
-                raise Terminated(
-                    f"Stopped at step {run.step} of {run.steps}; "
-                    f"{out / _STATE} is saved, resume to go on."
-                )
-    save_state(out / _STATE, run.state())
-    save_encoder(run.method.encoder, out / _ENCODER, run.metadata(out / _LOG))
+    source = data if data is None or isinstance(data, str | Path) else str(_describe(data))
+    resolved = load_recipe(recipe, data=source, overrides=overrides)
+    with ExitStack() as stack:
+        stack.enter_context(_threads(resolved.threads))
+        place = stack.enter_context(distributed.joined(_device(device)))
+        leads = distributed.rank() == 0
+        progress = progress and leads
+        stack.enter_context(torch.random.fork_rng(devices=[place] if place.type == "cuda" else []))
+        labelled = load_labelled(
+            resolved.data if source is None or isinstance(data, str | Path) else data,
+            channels=resolved.encoder.channels,
+        )
+        run = Run(resolved, labelled, place, workers=_workers(workers), sharded=sharded)
+        stack.callback(run.close)
+        notes = [run.path, *run.engine.notes, *_prepare(out, run, resume=resume, force=force)]
+        sinks = open_loggers(
+            loggers if leads else (),
+            out,
+            run_name=out.resolve().name,
+            config=resolved.to_dict(),
+            resume_step=run.step,
+        )
+        for sink in sinks:
+            stack.callback(sink.close)
+        if progress:
+            for note in notes:
+                _say(f"vitprobe: {note}")
+        _train(run, out, sinks, progress=progress)
+        tensors = run.engine.encoder_state()
+        if leads:
+            save_encoder(tensors, out / _ENCODER, _metadata(run, out / _LOG))
     return out / _ENCODER
 
 
-class Run:
-    """A method and its optimiser, standing at `step` of `steps` updates."""
-
-    def __init__(self, recipe: Recipe, data: LabelledArrays, device: torch.device) -> None:
-        self.recipe = recipe
-        self.device = device
-        self.step = 0
-        self.steps_per_epoch = len(data.train) // recipe.batch_size
-        self.steps = recipe.epochs * self.steps_per_epoch
-        channels = data.images.shape[1]
-        if self.steps_per_epoch == 0:
-            raise RecipeError(
-                f"batch_size {recipe.batch_size} is more than the {len(data.train)} training "
-                f"images of {recipe.data!r}; lower it."
-            )
-        if channels != recipe.encoder.channels:
-            raise RecipeError(
-                f"encoder.channels is {recipe.encoder.channels}, but the images of "
-                f"{recipe.data!r} have {channels}."
-            )
-        images, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
-        self.train_images = images[data.train].to(device)
-        self.train_labels = labels[data.train].to(device)
-        self.test_images = images[data.test].to(device)
-        self.test_labels = labels[data.test].to(device)
-
-        encoder = recipe.encoder
-        augment = Augment(
-            recipe.augment, size=encoder.image_size, mean=encoder.mean, std=encoder.std
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)
-            method = METHODS[recipe.method.name](recipe.method, encoder, augment, len(data.classes))
-        self.method = method.to(device).train()
-        if device.type == "cpu" and encoder.width // encoder.heads < _NARROW_HEAD:
-            for module in self.method.modules():
-                if isinstance(module, Attention):
-                    # timm marks it final for TorchScript's sake; nothing here is scripted.
-                    module.fused_attn = False  # type: ignore[misc]
-        self.optimizer = build_optimizer(self.method, recipe.optimizer)
-        self._order = torch.empty(0)
-        self._sums: dict[str, Tensor] = {}
-        self._clock, self._clock_step = time.perf_counter(), 0
-
-    @property
-    def epoch(self) -> int:
-        """Number of epochs completed."""
-        return self.step // self.steps_per_epoch
-
-    @property
-    def lr(self) -> float:
-        """Learning rate of the next update."""
-        config = self.recipe.optimizer
-        return warmup_cosine(
-            self.step,
-            steps=self.steps,
-            warmup=round(config.warmup_epochs * self.steps_per_epoch),
-            peak=config.lr * self.recipe.batch_size / 256,
-        )
-
-    def advance(self) -> None:
-        """One update. Raises RecipeError, the weights untouched, for a loss that is not finite."""
-        loss, terms = self.method.loss(self._batch())
-        if not torch.isfinite(loss):
-            listed = "".join(f", {name} {value.item():g}" for name, value in terms.items())
-            raise RecipeError(
-                f"The {self.recipe.method.name} loss is not finite at step {self.step} "
-                f"(loss {loss.item():g}{listed}); lower optimizer.lr or lengthen the warm-up, and "
-                "start again with force."
-            )
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        if self.step % self.steps_per_epoch == 0:
-            self._sums = {}
-        for name, value in {"loss": loss, **terms}.items():
-            self._sums[name] = self._sums.get(name, 0) + value.detach()
-        self.step += 1
-
-    def _batch(self) -> Batch:
-        position = self.step % self.steps_per_epoch
-        if position == 0 or len(self._order) == 0:
-            self._order = epoch_order(
-                self.recipe.seed, self.epoch, len(self.train_images), self.device
-            )
-        size = self.recipe.batch_size
-        index = self._order[position * size : (position + 1) * size]
-        draws = Draws(self.recipe.seed, self.epoch, index)
-        return Batch(self.train_images[index], self.train_labels[index], draws)
-
-    def log_line(self) -> dict[str, Any]:
-        """Means over the epoch just completed, and test scores where they are due."""
-        now = time.perf_counter()
-        images = (self.step - self._clock_step) * self.recipe.batch_size
-        line: dict[str, Any] = {"step": self.step, "epoch": self.epoch}
-        line |= {name: (s / self.steps_per_epoch).item() for name, s in self._sums.items()}
-        line |= {
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "images_per_s": round(images / (now - self._clock), 1),
-        }
-        if self.epoch % self.recipe.evaluate_every == 0 or self.step == self.steps:
-            self.method.eval()
-            line |= self.method.evaluate(self.test_images, self.test_labels)
-            self.method.train()
-        self._clock, self._clock_step = time.perf_counter(), self.step
-        return line
-
-    def state(self) -> dict[str, Any]:
-        """Everything a resumed run needs."""
-        return {
-            "step": self.step,
-            "recipe": self.recipe.to_dict(),
-            "method": self.method.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "sums": self._sums,
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Stand where the run that saved `state` stood.
-
-        Raises RecipeError when that run followed another recipe.
-        """
-        differing = _differences(state["recipe"], self.recipe.to_dict())
-        if differing:
-            raise RecipeError(
-                f"This run was started with another recipe ({'; '.join(differing)}); "
-                "resume with its own, or start again with force."
-            )
-        if not isinstance(state["step"], int) or not 0 <= state["step"] <= self.steps:
-            raise ValueError(state["step"])
-        if not all(torch.isfinite(tensor).all() for tensor in state["method"].values()):
-            raise ValueError("weights that are not finite")
-        self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self._sums = {name: value.to(self.device) for name, value in state["sums"].items()}
-        self.step = self._clock_step = state["step"]
-
-    def metadata(self, log: Path) -> dict[str, Any]:
-        """What the encoder's file says of itself; metrics are those of the last line of `log`."""
-        last = json.loads(_lines(log)[-1]) if self.epoch else {}
-        encoder = self.recipe.encoder
-        return {
-            "architecture": encoder.architecture(self.method.encoder.num_classes),
-            "mean": list(encoder.mean),
-            "std": list(encoder.std),
-            "method": self.recipe.method.name,
-            "recipe": self.recipe.to_dict(),
-            "seed": self.recipe.seed,
-            "epochs": self.recipe.epochs,
-            "metrics": {k: v for k, v in last.items() if k not in _PROGRESS_KEYS},
-        }
+def _train(run: Run, out: Path, sinks: Sequence[Logger], *, progress: bool) -> None:
+    recipe = run.recipe
+    if run.step == 0 and 0 in recipe.snapshots:
+        _snapshot(run, out)
+    with _sigterm() as terminated, _bar(run, progress) as bar:
+        shown = saved = time.monotonic()
+        while run.step < run.steps:
+            run.advance()
+            now = time.monotonic()
+            bar.update()
+            if not bar.disable and now - shown > _SHOWN_EVERY_S:
+                shown = now
+                bar.set_postfix({**_short(run.latest()), "lr": f"{run.lr:.1e}"}, refresh=False)
+            ended = run.step % run.steps_per_epoch == 0
+            if ended:
+                _log(run, out, sinks, quiet=not progress or not bar.disable)
+                if run.epoch in recipe.snapshots:
+                    _snapshot(run, out)
+            stop, late = _agreed(run, terminated.is_set(), now - saved > 60 * recipe.save_minutes)
+            if stop or late or (ended and run.epoch % recipe.save_every == 0):
+                _save(run, out)
+                saved = now
+            if stop:
+                raise Terminated(
+                    f"Stopped at step {run.step} of {run.steps}; {out / _STATE} is saved, "
+                    "resume to go on."
+                )
+    _save(run, out)
 
 
-def _prepare(out: Path, run: Run, *, resume: bool, force: bool) -> None:
+def _log(run: Run, out: Path, sinks: Sequence[Logger], *, quiet: bool) -> None:
+    """The epoch's line in the log and wherever else it is wanted, and its pictures."""
+    line = run.log_line()
+    rows = run.pictures() if run.evaluation_is_due else {}
+    if distributed.rank() > 0:
+        return
+    try:
+        with (out / _LOG).open("a", encoding="utf-8") as log:
+            log.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise ResultError(
+            f"Could not write {out / _LOG}: {error.strerror}; {run.saved}, resume to go on."
+        ) from error
+    for sink in sinks:
+        sink.write({k: v for k, v in line.items() if k != "step"}, run.step)
+    if rows:
+        path = _draw(run, rows, out)
+        for sink in sinks:
+            sink.picture(path, run.step)
+    if not quiet:
+        terms = ", ".join(f"{k} {v}" for k, v in _short(line).items() if k not in ("step", "epoch"))
+        _say(f"epoch {run.epoch} of {run.recipe.epochs}: {terms}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)  # noqa: T201
+
+
+def _short(values: Mapping[str, float]) -> dict[str, str]:
+    return {name: f"{value:.4g}" for name, value in values.items()}
+
+
+def _draw(run: Run, rows: Mapping[str, Tensor], out: Path) -> Path:
+    folder = out / _PICTURES
+    folder.mkdir(exist_ok=True)
+    path = folder / f"epoch_{run.epoch:04d}.png"
+    encoder = run.recipe.encoder
+    save_grid(
+        torch.stack(list(rows.values())),
+        path,
+        mean=encoder.mean,
+        std=encoder.std,
+        titles=list(rows),
+    )
+    return path
+
+
+def _snapshot(run: Run, out: Path) -> None:
+    tensors = run.engine.encoder_state()
+    if distributed.rank() == 0:
+        folder = out / _SNAPSHOTS
+        folder.mkdir(exist_ok=True)
+        path = folder / f"epoch_{run.epoch:04d}.safetensors"
+        save_encoder(tensors, path, _metadata(run, out / _LOG))
+
+
+def _save(run: Run, out: Path) -> None:
+    saved = _saved(run, out)
+    if run.saved == saved:
+        return
+    run.check()
+    state = run.state()
+    if distributed.rank() == 0:
+        save_state(out / _STATE, state)
+    run.saved = saved
+
+
+def _saved(run: Run, out: Path) -> str:
+    return f"{out / _STATE} holds step {run.step}"
+
+
+def _agreed(run: Run, *wishes: bool) -> list[bool]:
+    """What any of the processes wishes; they ask each other now and then only."""
+    if distributed.world_size() == 1:
+        return list(wishes)
+    if run.step % _AGREE_EVERY and run.step != run.steps:
+        return [False] * len(wishes)
+    wished = torch.tensor(wishes, dtype=torch.float64, device=run.device)
+    return (distributed.mean(wished) > 0).tolist()
+
+
+def _metadata(run: Run, log: Path) -> dict[str, Any]:
+    """What the encoder's file says of itself; metrics are those of the last line of the log."""
+    last = json.loads(_lines(log)[-1]) if run.epoch else {}
+    recipe, encoder = run.recipe, run.recipe.encoder
+    described = {
+        "architecture": encoder.architecture(run.method.encoder.num_classes),
+        "mean": list(encoder.mean),
+        "std": list(encoder.std),
+        "method": recipe.method.name,
+        "recipe": recipe.to_dict(),
+        "seed": recipe.seed,
+        "epochs": run.epoch,
+        "classes": list(run.classes),
+        "metrics": {k: v for k, v in last.items() if k not in _PROGRESS_KEYS},
+    }
+    if isinstance(run.method, Distilled):
+        described["teacher_sha256"] = run.method.teacher_sha256
+    return described
+
+
+def _prepare(out: Path, run: Run, *, resume: bool, force: bool) -> list[str]:
     """Make `out` ready for the run's next step, touching nothing when that cannot be."""
     if resume:
-        _resume(out, run)
-        return
+        return _resume(out, run)
+    if distributed.rank() == 0:
+        _clear(out, force=force)
+        write_text(out / _RECIPE, run.recipe.to_toml())
+        data = {"source": run.recipe.data, "path": run.path, "sha256": run.fingerprint}
+        about = {
+            "provenance": provenance.collect(),
+            "execution": asdict(run.engine.execution),
+            "data": data,
+        }
+        write_text(out / _ABOUT, json.dumps(about, indent=1))
+    distributed.wait()
+    _save(run, out)
+    return []
+
+
+def _clear(out: Path, *, force: bool) -> None:
     try:
         if out.exists() and not (out.is_dir() and not any(out.iterdir())) and not force:
             raise ResultError(f"{out} exists; resume it, replace it with force, or name another.")
         out.mkdir(parents=True, exist_ok=True)
         # Only what a run writes is replaced: force must not cost anyone their other files.
-        for name in (_RECIPE, _LOG, _STATE, _ENCODER):
-            (out / name).unlink(missing_ok=True)
+        for path in (out / _STATE, out / _LOG, out / _RECIPE, out / _ENCODER, out / _ABOUT):
+            path.unlink(missing_ok=True)
+        previous(out / _STATE).unlink(missing_ok=True)
+        for folder, pattern in ((_SNAPSHOTS, "*.safetensors"), (_PICTURES, "*.png")):
+            for path in (out / folder).glob(f"epoch_{pattern}"):
+                path.unlink()
+        shutil.rmtree(out / "tensorboard", ignore_errors=True)
     except OSError as error:
         raise ResultError(f"Cannot write to {out}: {error.strerror}.") from error
-    save_state(out / _STATE, run.state())
-    write_text(out / _RECIPE, run.recipe.to_toml())
 
 
-def _resume(out: Path, run: Run) -> None:
+def _resume(out: Path, run: Run) -> list[str]:
     path = out / _STATE
-    state = load_state(path)
+    state, damage = load_state(path)
     try:
-        run.restore(state)
+        differences = run.restore(state)
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is not a training state of this recipe ({type(error).__name__}); "
             "start the run again with force."
         ) from error
+    run.saved = _saved(run, out)
     # Epochs logged after the state was saved will be run, and logged, again.
     log = out / _LOG
     kept = [line for line in _lines(log) if _step_of(line) <= run.step]
@@ -295,7 +321,13 @@ def _resume(out: Path, run: Run) -> None:
             f"{log} has lines for {len(kept)} of the {run.epoch} epochs that {path} has seen; put "
             "it back, or start the run again with force."
         )
-    write_text(log, "".join(f"{line}\n" for line in kept))
+    distributed.wait()
+    if distributed.rank() == 0:
+        write_text(log, "".join(f"{line}\n" for line in kept))
+    notes = [damage] if damage else []
+    if differences:
+        notes.append(f"resumed, but not to the bit: {', '.join(differences)}")
+    return notes
 
 
 def _lines(log: Path) -> list[str]:
@@ -309,16 +341,20 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """ "key: old → new" for every leaf that differs."""
-    found = []
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found += _differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            found.append(f"{prefix}{key} was {before!r}, now {after!r}")
-    return found
+def _describe(data: Any) -> str:
+    return data.source if isinstance(data, Labelled) else "arrays"
+
+
+def _device(name: str) -> torch.device:
+    # Training on MPS is untried, so it is only used when asked for by name.
+    untold = "cuda" if torch.cuda.is_available() else "cpu"
+    return find_device(untold if name == "auto" else name)
+
+
+def _workers(asked: int | None) -> int:
+    if asked is not None:
+        return asked
+    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
 
 
 def _bar(run: Run, progress: bool) -> tqdm[Any]:

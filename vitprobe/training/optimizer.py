@@ -1,8 +1,11 @@
-"""AdamW with the weight-decay groups that ViT recipes use."""
+"""AdamW with the weight-decay and learning-rate groups that ViT recipes use."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,43 +18,72 @@ class OptimizerConfig:
     """AdamW (Loshchilov & Hutter, 2019) under a warm-up and cosine schedule.
 
     lr: rate for a batch of 256 images; the rate used is lr x batch / 256 (Goyal et al. 2017).
+    final_lr: rate at the end of the cosine, not scaled by the batch.
+    weight_decay, final_weight_decay: at the start, and what a cosine over the run leads it to
+        (Caron et al. 2021); without the latter it stays.
     warmup_epochs: epochs of linear warm-up; may be a fraction.
+    layer_decay: factor of the rate from one block to the block below it (Clark et al. 2020; Bao et
+        al. 2022, "BEiT"); 1 for none.
+    clip: largest norm of the whole gradient, which is scaled down to it; 0 for none.
     """
 
     lr: float
     weight_decay: float
     betas: tuple[float, float]
     warmup_epochs: float
+    final_lr: float = 0.0
+    final_weight_decay: float | None = None
+    layer_decay: float = 1.0
+    clip: float = 0.0
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise RecipeError(f"optimizer.lr must be above 0, not {self.lr}.")
-        if self.weight_decay < 0:
-            raise RecipeError(
-                f"optimizer.weight_decay must be at least 0, not {self.weight_decay}."
-            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise RecipeError(f"optimizer.betas must lie in [0, 1), not {list(self.betas)}.")
-        if self.warmup_epochs < 0:
-            raise RecipeError(
-                f"optimizer.warmup_epochs must be at least 0, not {self.warmup_epochs}."
-            )
+        if not 0 < self.layer_decay <= 1:
+            raise RecipeError(f"optimizer.layer_decay must lie in (0, 1], not {self.layer_decay}.")
+        for name in ("weight_decay", "final_weight_decay", "warmup_epochs", "final_lr", "clip"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise RecipeError(f"optimizer.{name} must be at least 0, not {value}.")
 
 
 # Learned tokens and positions are offsets, like biases: DeiT and timm do not decay them either.
 _NOT_DECAYED = ("cls_token", "mask_token", "pos_embed")
+_STEM = ("cls_token", "pos_embed", "patch_embed")
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; vectors and learned tokens are not decayed."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+def build_optimizer(model: nn.Module, config: OptimizerConfig, depth: int) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters of a model whose `encoder` has `depth` blocks.
+
+    Vectors and learned tokens are not decayed; each group's "scale" is what its layer's learning
+    rate is multiplied by.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            offset = parameter.ndim < 2 or name.rsplit(".", 1)[-1] in _NOT_DECAYED
-            (plain if offset else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+            decayed = parameter.ndim >= 2 and name.rsplit(".", 1)[-1] not in _NOT_DECAYED
+            scale = config.layer_decay ** (depth + 1 - layer_of(name, depth))
+            groups.setdefault((scale, decayed), []).append(parameter)
+    tables: Iterable[dict[str, Any]] = [
+        {
+            "params": parameters,
+            "scale": scale,
+            "decayed": decayed,
+            "weight_decay": config.weight_decay if decayed else 0.0,
+        }
+        for (scale, decayed), parameters in groups.items()
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    return torch.optim.AdamW(tables, lr=config.lr, betas=config.betas, fused=True)
+
+
+def layer_of(name: str, depth: int) -> int:
+    """0 for the encoder's embedding, i + 1 for its block i, `depth` + 1 for all that follows."""
+    part = re.search(r"(?:^|\.)encoder\.(.+)", name)
+    if part is None:
+        return depth + 1
+    if part[1].startswith(_STEM):
+        return 0
+    block = re.match(r"blocks\.(\d+)\.", part[1])
+    return int(block[1]) + 1 if block else depth + 1

@@ -13,19 +13,28 @@ different numbers on different devices and cannot be keyed by sample without a l
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+_WORD = (1 << 64) - 1
+_GAMMA = 0x9E3779B97F4A7C15
+_MULTIPLIERS = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >> 63 else value
+
+def _signed(word: int) -> int:
+    """The int64 of the same 64 bits."""
+    return word - (1 << 64) if word >> 63 else word
 
 
-_GAMMA = _signed(0x9E3779B97F4A7C15)
-_MULTIPLIERS = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
+def _mix(z: int) -> int:
+    """`mix` of one word in 0 .. 2^64 - 1."""
+    z = (z ^ (z >> 30)) * _MULTIPLIERS[0] & _WORD
+    z = (z ^ (z >> 27)) * _MULTIPLIERS[1] & _WORD
+    return z ^ (z >> 31)
 
 
 def _shift_right(z: Tensor, bits: int) -> Tensor:
@@ -35,14 +44,14 @@ def _shift_right(z: Tensor, bits: int) -> Tensor:
 
 def mix(z: Tensor) -> Tensor:
     """SplitMix64's finaliser, a bijection of 64-bit words; int64 of any shape, wrapping."""
-    z = (z ^ _shift_right(z, 30)) * _MULTIPLIERS[0]
-    z = (z ^ _shift_right(z, 27)) * _MULTIPLIERS[1]
+    z = (z ^ _shift_right(z, 30)) * _signed(_MULTIPLIERS[0])
+    z = (z ^ _shift_right(z, 27)) * _signed(_MULTIPLIERS[1])
     return z ^ _shift_right(z, 31)
 
 
 def sequence(state: Tensor, n: int) -> Tensor:
     """The first n outputs of SplitMix64 from each of `state` (b,): (b, n) int64."""
-    counter = torch.arange(1, n + 1, device=state.device) * _GAMMA
+    counter = torch.arange(1, n + 1, device=state.device) * _signed(_GAMMA)
     return mix(state[:, None] + counter)
 
 
@@ -60,14 +69,24 @@ class Draws:
 
     def bits(self, stream: str, n: int) -> Tensor:
         """(b, n) int64, every 64-bit word equally likely."""
-        key = torch.zeros((), dtype=torch.int64)
+        # The key stays a Python number: a tensor copied to the device would make the host wait.
+        key = 0
         for part in (self.seed, self.epoch, zlib.crc32(stream.encode())):
-            key = mix(key + part + _GAMMA)
-        return sequence(mix(self.index + key.to(self.index.device)), n)
+            key = _mix((key + part + _GAMMA) & _WORD)
+        return sequence(mix(self.index + _signed(key)), n)
 
     def uniform(self, stream: str, n: int) -> Tensor:
         """(b, n) float32 uniform on [0, 1), multiples of 2^-24."""
         return _shift_right(self.bits(stream, n), 40).float() * 2.0**-24
+
+    def normal(self, stream: str, n: int) -> Tensor:
+        """(b, n) float32 standard normal, two from each word (Box & Muller 1958)."""
+        words = self.bits(stream, (n + 1) // 2)
+        # In (0, 1]: the logarithm of 0 is never taken.
+        high = (_shift_right(words, 32) + 1).float() * 2.0**-32
+        angle = (words & 0xFFFFFFFF).float() * (math.tau * 2.0**-32)
+        radius = (-2 * high.log()).sqrt()
+        return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :n]
 
     def permutation(self, stream: str, n: int) -> Tensor:
         """(b, n) int64: a uniformly random permutation of 0 .. n - 1 for each sample."""

@@ -10,12 +10,14 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from vitprobe.errors import RecipeError, suggest
 from vitprobe.training.augment import AugmentConfig
 from vitprobe.training.encoder import EncoderConfig
 from vitprobe.training.methods import METHODS, MethodConfig
+from vitprobe.training.methods.distill import DistillConfig
 from vitprobe.training.optimizer import OptimizerConfig
 
 
@@ -25,11 +27,22 @@ class Recipe:
 
     data: a source that vitprobe.data.labelled.load_labelled takes.
     epochs: 0 leaves the encoder as it was initialised, the untrained start of a longer run.
-    batch_size: images per update; an incomplete last batch of an epoch is left out.
+    batch_size: images per update, over all processes; an incomplete last batch of an epoch is left
+        out.
+    augment: how views of an image are drawn.
+    views: for methods that train on several, what each kind of view changes of `augment`.
+    distill: a teacher, and what of it the method learns besides; none by default.
+    accumulate: parts of a batch that are computed one after the other, to need less memory.
+    precision: of activations; "auto" is bf16 on CUDA and fp32 elsewhere. Weights are fp32.
+    compile: transformer blocks through torch.compile, "graphs" with CUDA graphs; "auto" is "blocks"
+        on CUDA and "off" elsewhere.
+    recompute: forget activations inside each block and compute them again for the gradient.
     threads: of torch on the CPU, 0 for as many as it chooses. Sums depend on it to the last bit, so
         a recipe that must give the same numbers on every machine names it.
-    save_every: epochs between training states.
+    save_every: epochs between training states; one is also saved every `save_minutes`.
     evaluate_every: epochs between evaluations on the test images.
+    knn: neighbours of the k-NN accuracy that is evaluated where there are labels; 0 for none.
+    snapshots: epochs after which the encoder is kept in snapshots/; 0 is the start.
     """
 
     method: MethodConfig
@@ -39,33 +52,93 @@ class Recipe:
     encoder: EncoderConfig
     optimizer: OptimizerConfig
     augment: AugmentConfig
+    views: tuple[dict[str, Any], ...] = ()
+    distill: DistillConfig | None = None
     seed: int = 0
-    save_every: int = 1
-    evaluate_every: int = 10
+    accumulate: int = 1
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: Literal["auto", "off", "blocks", "graphs"] = "auto"
+    recompute: bool = False
     threads: int = 0
+    save_every: int = 1
+    save_minutes: float = 15.0
+    evaluate_every: int = 10
+    knn: int = 0
+    snapshots: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        least = {"epochs": 0, "batch_size": 1, "save_every": 1, "evaluate_every": 1, "threads": 0}
+        least = {
+            "epochs": 0, "batch_size": 1, "accumulate": 1, "save_every": 1, "evaluate_every": 1,
+            "threads": 0, "knn": 0,
+        }  # fmt: skip
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
                 raise RecipeError(f"{name} must be at least {lowest}, not {getattr(self, name)}.")
         if not 0 <= self.seed < 2**63:
             raise RecipeError(f"seed must be at least 0 and below 2^63, not {self.seed}.")
+        if self.save_minutes <= 0:
+            raise RecipeError(f"save_minutes must be above 0, not {self.save_minutes}.")
+        beyond = [epoch for epoch in self.snapshots if not 0 <= epoch <= self.epochs]
+        if beyond:
+            raise RecipeError(f"snapshots must be epochs from 0 to {self.epochs}, not {beyond[0]}.")
+        if self.batch_size % self.accumulate:
+            raise RecipeError(
+                f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}."
+            )
+        reason = METHODS[self.method.name].accumulation_changes
+        if self.accumulate > 1 and reason:
+            raise RecipeError(f"accumulate must be 1 with {self.method.name}: {reason}.")
+        METHODS[self.method.name].check_views(self.view_sizes, self.encoder)
+
+    @property
+    def augmentations(self) -> tuple[AugmentConfig, ...]:
+        """How each kind of view is drawn."""
+        base = asdict(self.augment)
+        return tuple(
+            _build(AugmentConfig, {**base, **view}, f"views[{i}].", "given")
+            for i, view in enumerate(self.views or ({},))
+        )
+
+    @property
+    def view_sizes(self) -> tuple[int, ...]:
+        """The side of every view in pixels."""
+        return tuple(
+            view.size or self.encoder.image_size
+            for view in self.augmentations
+            for _ in range(view.count)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Nested tables of JSON (and TOML) values."""
         tables: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return tables
+        return _without_none(tables)
 
     def to_toml(self) -> str:
         """A recipe file that loads as this recipe, with nothing inherited."""
         scalars, tables = [], []
         for key, value in self.to_dict().items():
             if isinstance(value, dict):
-                tables += ["", f"[{key}]", *(f"{k} = {json.dumps(v)}" for k, v in value.items())]
+                tables += ["", f"[{key}]", *(f"{k} = {_toml(v)}" for k, v in value.items())]
             else:
-                scalars.append(f"{key} = {json.dumps(value)}")
+                scalars.append(f"{key} = {_toml(value)}")
         return "\n".join([*scalars, *tables, ""])
+
+
+def _without_none(table: dict[str, Any]) -> dict[str, Any]:
+    """TOML has no null; a key that is left out is None."""
+    return {
+        key: _without_none(value) if isinstance(value, dict) else value
+        for key, value in table.items()
+        if value is not None
+    }
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value)
 
 
 def load_recipe(
@@ -192,6 +265,13 @@ def _convert(value: Any, kind: Any, name: str, source: str) -> Any:
             return value
         choices = " or ".join(map(repr, get_args(kind)))
         raise RecipeError(f"Recipe {source}: {name} must be {choices}, not {value!r}.")
+    if get_origin(kind) is UnionType:
+        # None is never written: a key is there or it is not.
+        return _convert(value, get_args(kind)[0], name, source)
+    if get_origin(kind) is dict:
+        if isinstance(value, Mapping):
+            return dict(value)
+        raise RecipeError(f"Recipe {source}: {name} must be a table, not {value!r}.")
     if get_origin(kind) is tuple:
         inner = get_args(kind)
         variable = inner[-1] is Ellipsis

@@ -1,4 +1,4 @@
-"""Learning-rate schedules."""
+"""Schedules over a run."""
 
 from __future__ import annotations
 
@@ -14,5 +14,9 @@ def warmup_cosine(step: int, *, steps: int, warmup: int, peak: float, floor: flo
     """
     if step < warmup:
         return peak * step / warmup
-    progress = (step - warmup) / max(steps - warmup, 1)
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    return cosine((step - warmup) / max(steps - warmup, 1), peak, floor)
+
+
+def cosine(progress: float, start: float, end: float) -> float:
+    """Half a cosine from `start` at progress 0 to `end` at progress 1."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,7 +1,9 @@
-"""The training state on disk: written whole or not at all, read without running anything."""
+"""Training states on disk: written whole or not at all, the one before kept, read inertly."""
 
 from __future__ import annotations
 
+import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,11 @@ from vitprobe.errors import CheckpointError, ResultError
 from vitprobe.files import replacing
 
 
+def previous(path: Path) -> Path:
+    """Where the state before the one at `path` is kept."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a text file in one step."""
     with replacing(path) as partial:
@@ -18,13 +25,18 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Replace the state at `path` in one step: tensors, numbers, strings, lists and dicts.
+    """Write a state of tensors, numbers, strings, lists and dicts; the one before moves aside.
 
     Raises ResultError when it cannot be written; the state before it is then intact.
     """
     try:
-        with replacing(path) as partial, partial.open("wb") as file:
-            torch.save(state, file)
+        with replacing(path) as partial:
+            with partial.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if path.exists():
+                path.replace(previous(path))
     except (ResultError, RuntimeError) as error:
         # torch reports a write that fails midway, as on a full disk, as a RuntimeError.
         raise ResultError(
@@ -33,21 +45,41 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
         ) from error
 
 
-def load_state(path: Path) -> dict[str, Any]:
-    """The state at `path`, on the CPU.
+def load_state(path: Path) -> tuple[dict[str, Any], str]:
+    """The state at `path` on the CPU, or the one before it where that is missing or damaged.
 
-    Raises CheckpointError when it is missing or damaged.
+    Returns the state and, where it is the one before, what was wrong with the last.
+
+    Raises CheckpointError when neither can be used.
     """
-    if not path.is_file():
+    if not path.exists() and not previous(path).exists():
         raise CheckpointError(
             f"No training state {path} to resume from; start the run again with force."
         )
     try:
+        return _read(path), ""
+    except CheckpointError as damage:
+        if not previous(path).exists():
+            raise CheckpointError(f"{damage}; start the run again with force.") from damage
+        try:
+            return _read(previous(path)), f"{damage}; going on from {previous(path).name}"
+        except CheckpointError as also:
+            raise CheckpointError(f"{damage}, and so is the one before ({also}).") from also
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        # torch does not look at the checksums: a flipped bit would become a weight.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"checksum of {damaged}")
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"The training state {path} is missing") from error
     except Exception as error:
         # torch raises whatever the damaged bytes lead it to: zip, pickle, key and value errors.
         raise CheckpointError(
-            f"The training state {path} is damaged and cannot be resumed from "
-            f"({type(error).__name__}); start the run again with force."
+            f"The training state {path} is damaged ({type(error).__name__})"
         ) from error
     return state

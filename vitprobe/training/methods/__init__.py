@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from vitprobe.training.methods.base import Batch, Method, MethodConfig
+from vitprobe.training.methods.base import Batch, Method, MethodConfig, Moment
+from vitprobe.training.methods.dino import DINO
 from vitprobe.training.methods.mae import MAE
+from vitprobe.training.methods.moco_v3 import MoCoV3
 from vitprobe.training.methods.supervised import Supervised
 
-METHODS: dict[str, type[Method]] = {"mae": MAE, "supervised": Supervised}
+METHODS: dict[str, type[Method]] = {
+    "mae": MAE,
+    "moco_v3": MoCoV3,
+    "dino": DINO,
+    "supervised": Supervised,
+}
 
-__all__ = ["METHODS", "Batch", "Method", "MethodConfig"]
+__all__ = ["METHODS", "Batch", "Method", "MethodConfig", "Moment"]

@@ -3,29 +3,49 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vitprobe.training.augment import Augment
-from vitprobe.training.encoder import EncoderConfig
+from vitprobe.errors import RecipeError
+from vitprobe.training.encoder import EncoderConfig, encode
 from vitprobe.training.randomness import Draws
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images as stored, before augmentation.
+    """What one process trains on in one step: its share of the global batch.
 
-    images: (b, channels, height, width) float32 in [0, 1].
-    labels: (b,) int64.
+    views: each (b, channels, size, size) float32, augmented and normalised, in the recipe's order.
+    labels: (b,) int64; all 0 where the data have none.
     draws: the random numbers of these samples in this epoch.
     """
 
-    images: Tensor
+    views: tuple[Tensor, ...]
     labels: Tensor
     draws: Draws
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where in a run an update stands: 0-based `step` of `steps`, `per_epoch` updates an epoch."""
+
+    step: int
+    steps: int
+    per_epoch: int
+
+    @property
+    def epoch(self) -> float:
+        """Epochs gone by, a fraction within one."""
+        return self.step / self.per_epoch
+
+    @property
+    def progress(self) -> float:
+        """Share of the run gone by, in [0, 1)."""
+        return self.step / self.steps
 
 
 @dataclass(frozen=True)
@@ -40,23 +60,74 @@ class Method(nn.Module, ABC):
 
     Building one draws its weights from torch's global generator; after that all randomness comes
     from `Batch.draws`. Its parameters and buffers are the whole of its state: they, the optimiser
-    and the step are all that a run saves.
+    and the step are all that a run saves. Parameters that are not trained by gradient (a momentum
+    encoder's) do not require one.
+
+    Under several processes each sees its share of the batch; a loss is the mean over that share,
+    and what looks across samples goes through `vitprobe.training.distributed`.
     """
 
     Config: ClassVar[type[MethodConfig]]
+    accumulation_changes: ClassVar[str] = ""
+    """Why gradients summed over parts of a batch are not those of the whole; "" where they are."""
+    needs_labels: ClassVar[bool] = False
+
     encoder: VisionTransformer
 
-    def __init__(
-        self, config: MethodConfig, encoder: EncoderConfig, augment: Augment, classes: int
-    ) -> None:
+    def __init__(self, config: MethodConfig, encoder: EncoderConfig, classes: int) -> None:
         super().__init__()
         self.config = config
-        self.augment = augment
+
+    @classmethod
+    def check_views(cls, sizes: Sequence[int], encoder: EncoderConfig) -> None:
+        """Raise RecipeError where the method cannot use views of these sizes; one by default."""
+        if len(sizes) != 1:
+            raise RecipeError(
+                f"The method trains on one view of each image, not {len(sizes)}; leave out views."
+            )
 
     @abstractmethod
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar to minimise, and further scalars worth logging, by name."""
 
-    def evaluate(self, images: Tensor, labels: Tensor) -> dict[str, float]:
-        """Scores on held-out images (n, c, h, w) in [0, 1] with labels (n,); none by default."""
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """`loss`, under the name that torch's wrappers for several processes call."""
+        return self.loss(batch)
+
+    def encode(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Tokens after the final norm: (b, prefix + patches or visible, width).
+
+        Every method runs the encoder it trains through here, which is where distillation listens.
+        images: (b, c, h, w) normalised; visible: (b, v) indices of the patches that are seen.
+        """
+        return encode(self.encoder, images, visible)
+
+    def features(self, images: Tensor) -> Tensor:
+        """(b, width): what the online k-NN compares, the class token after the final norm."""
+        return self.encode(images)[:, 0]
+
+    def heard_modules(self) -> set[nn.Module]:
+        """Modules that something listens to while the loss is taken; none by default."""
+        return set()
+
+    def before_step(self, moment: Moment) -> None:
+        """Set what follows a schedule, before the loss of an update is taken."""
+
+    def after_gradient(self, moment: Moment) -> None:
+        """Change gradients (cancel some) before the optimiser uses them."""
+
+    def after_step(self, moment: Moment) -> None:
+        """Follow the weights that the optimiser has just changed."""
+
+    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
+        """Scores on held-out (images, labels), whole and normalised, without gradients.
+
+        Called in eval mode; none by default.
+        """
+        return {}
+
+    def pictures(self, images: Tensor) -> dict[str, Tensor]:
+        """What the method makes of a few normalised images (n, c, h, w), to look at: by title, in
+        the same shape and units; none by default.
+        """
         return {}

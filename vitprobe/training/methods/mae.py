@@ -1,12 +1,14 @@
 """Masked autoencoder: He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022.
 
 Section 3 in order: a random subset of the patches is masked; the encoder sees only the visible
-ones; mask tokens are put in at the masked places; a small decoder predicts pixels everywhere; the
-loss is the mean squared error on the masked patches only, against pixels normalised per patch.
+ones; mask tokens stand in for the masked ones; a small decoder predicts their pixels; the loss is
+the mean squared error on the masked patches only, against pixels normalised per patch.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +18,9 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from vitprobe.errors import RecipeError
-from vitprobe.training.augment import Augment
-from vitprobe.training.encoder import EncoderConfig, build_encoder, fixed_positions
+from vitprobe.training.encoder import EncoderConfig, build_encoder, fixed_positions, take
 from vitprobe.training.methods.base import Batch, Method, MethodConfig
+from vitprobe.training.randomness import Draws
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,9 @@ class MAE(Method):
     Config = MAEConfig
     config: MAEConfig
 
-    def __init__(
-        self, config: MAEConfig, encoder: EncoderConfig, augment: Augment, classes: int
-    ) -> None:
-        super().__init__(config, encoder, augment, classes)
+    def __init__(self, config: MAEConfig, encoder: EncoderConfig, classes: int) -> None:
+        super().__init__(config, encoder, classes)
+        self.mean, self.std = encoder.mean, encoder.std
         self.patch_size = encoder.patch_size
         self.patches = encoder.grid**2
         self.visible = int(self.patches * (1 - config.mask_ratio))
@@ -100,31 +101,68 @@ class MAE(Method):
         nn.init.zeros_(projection.bias)
         nn.init.normal_(self.mask_token, std=0.02)
 
+    @classmethod
+    def check_views(cls, sizes: Sequence[int], encoder: EncoderConfig) -> None:
+        """One view, of the encoder's own size: its positions are those of one grid."""
+        super().check_views(sizes, encoder)
+        if sizes[0] != encoder.image_size:
+            raise RecipeError(
+                f"augment.size {sizes[0]} must be encoder.image_size {encoder.image_size} for mae; "
+                "leave it out."
+            )
+
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error per masked pixel, in units of the patch's standard deviation."""
-        images = self.augment(batch.images, batch.draws)
-        order = batch.draws.permutation("mask", self.patches)
+        (images,) = batch.views
+        order = self.order(batch.draws)
         visible, masked = order[:, : self.visible], order[:, self.visible :]
-        predicted = self.decode(self.encode(images, visible), visible)
-        target = patchify(images, self.patch_size)
+        predicted = self.decode(self.encode(images, visible), order)
+        target = take(patchify(images, self.patch_size), masked)
         if self.config.normalize_targets:
             target = normalize_patches(target)
-        return F.mse_loss(_take(predicted, masked), _take(target, masked)), {}
+        return F.mse_loss(predicted.float(), target), {}
 
-    def encode(self, images: Tensor, visible: Tensor) -> Tensor:
-        """Class token and the patches `visible` (b, v): (b, 1 + v, width), after the final norm."""
-        tokens = self.encoder._pos_embed(self.encoder.patch_embed(images))
-        tokens = torch.cat([tokens[:, :1], _take(tokens[:, 1:], visible)], dim=1)
-        return self.encoder.norm(self.encoder.blocks(tokens))
+    def order(self, draws: Draws) -> Tensor:
+        """(b, patches): the patches in random order, of which the first `visible` are seen."""
+        return draws.permutation("mask", self.patches)
 
-    def decode(self, tokens: Tensor, visible: Tensor) -> Tensor:
-        """Predicted pixels of every patch: (b, patches, p * p * c), in the order of `patchify`."""
+    def decode(self, tokens: Tensor, order: Tensor) -> Tensor:
+        """Predicted pixels of the masked patches, as `order` has them: (b, masked, p * p * c).
+
+        tokens: (b, 1 + visible, width) of the class token and the first patches of `order`.
+        """
         tokens = self.decoder_embed(tokens)
-        places = visible[:, :, None].expand(-1, -1, tokens.shape[2])
-        patches = self.mask_token.expand(len(tokens), self.patches, -1)
-        patches = patches.scatter(1, places, tokens[:, 1:])
-        sequence = torch.cat([tokens[:, :1], patches], dim=1) + self.decoder_pos_embed
-        return self.decoder_pred(self.decoder_norm(self.decoder_blocks(sequence))[:, 1:])
+        seen = tokens.shape[1]
+        masks = self.mask_token.expand(len(tokens), self.patches + 1 - seen, -1)
+        # Attention knows patches by their positions alone, so none has to go back to its place.
+        positions = self.decoder_pos_embed.expand(len(tokens), -1, -1)
+        positions = torch.cat([positions[:, :1], take(positions, 1 + order)], dim=1)
+        sequence = self.decoder_blocks(torch.cat([tokens, masks], dim=1) + positions)
+        return self.decoder_pred(self.decoder_norm(sequence[:, seen:]))
+
+    @torch.no_grad()
+    def pictures(self, images: Tensor) -> dict[str, Tensor]:
+        """The originals, what the encoder sees of them, and what the decoder makes of that.
+
+        The mask is always the same; a prediction normalised per patch is given the mean and the
+        standard deviation of the patch that it is of.
+        """
+        order = self.order(Draws(0, 0, torch.arange(len(images), device=images.device)))
+        visible, masked = order[:, : self.visible], order[:, self.visible :]
+        patches = patchify(images, self.patch_size)
+        predicted = self.decode(self.encode(images, visible), order).float()
+        if self.config.normalize_targets:
+            mean, deviation = patch_statistics(take(patches, masked))
+            predicted = predicted * deviation + mean
+        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        grey = ((0.5 - mean) / std).expand_as(images)
+        grey = take(patchify(grey, self.patch_size), masked)
+        places = masked[:, :, None].expand_as(grey)
+        seen, made = (
+            unpatchify(patches.scatter(1, places, fill), self.patch_size, images.shape[1])
+            for fill in (grey, predicted)
+        )
+        return {"original": images, "visible": seen, "reconstruction": made}
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -135,14 +173,22 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     return cut.permute(0, 2, 4, 3, 5, 1).reshape(b, (h // p) * (w // p), p * p * c)
 
 
-def normalize_patches(patches: Tensor) -> Tensor:
-    """Each patch less its mean, over its standard deviation (n - 1 in the denominator)."""
-    mean = patches.mean(dim=-1, keepdim=True)
-    variance = patches.var(dim=-1, keepdim=True)
+def unpatchify(patches: Tensor, patch_size: int, channels: int) -> Tensor:
+    """The square images (b, c, h, h) of which `patchify` makes these patches."""
+    b, n, _ = patches.shape
+    p, grid = patch_size, math.isqrt(n)
+    cut = patches.reshape(b, grid, grid, p, p, channels).permute(0, 5, 1, 3, 2, 4)
+    return cut.reshape(b, channels, grid * p, grid * p)
+
+
+def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (n - 1 in the denominator) of each patch: (b, patches, 1)."""
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     # The paper's code adds the same 1e-6, without which a uniform patch would be 0 / 0.
-    return (patches - mean) / torch.sqrt(variance + 1e-6)
+    return mean, torch.sqrt(variance + 1e-6)
 
 
-def _take(tokens: Tensor, index: Tensor) -> Tensor:
-    """tokens (b, n, d) at index (b, m) → (b, m, d)."""
-    return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2]))
+def normalize_patches(patches: Tensor) -> Tensor:
+    """Each patch less its mean, over its standard deviation."""
+    mean, deviation = patch_statistics(patches)
+    return (patches - mean) / deviation

@@ -1,0 +1,368 @@
+"""A training run in memory: a recipe standing at one of its updates."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitprobe.data.labelled import Arrays, Files, Labelled
+from vitprobe.errors import RecipeError
+from vitprobe.evaluation.knn import knn_accuracy
+from vitprobe.training import distributed
+from vitprobe.training.augment import Augment
+from vitprobe.training.engine import Engine
+from vitprobe.training.feed import Feed, make_feed
+from vitprobe.training.methods import METHODS, Batch, Method, Moment
+from vitprobe.training.methods.distill import Distilled, load_teacher
+from vitprobe.training.optimizer import build_optimizer
+from vitprobe.training.randomness import epoch_order
+from vitprobe.training.recipe import Recipe
+from vitprobe.training.schedule import cosine, warmup_cosine
+
+# The bank of the online k-NN: enough to follow a run by, little enough to take seconds.
+_KNN_IMAGES = 10_000
+# Keys that may differ when a run is resumed: they decide what is kept, not what is learned.
+_BOOKKEEPING = ("save_every", "save_minutes", "evaluate_every", "knn", "snapshots")
+
+
+class Run:
+    """A method, its data and its optimiser, standing at `step` of `steps` updates.
+
+    workers: processes that decode images, where they do not live on the device.
+    sharded: see `Engine`.
+
+    Raises RecipeError for a recipe that these data or processes cannot follow.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: Labelled,
+        device: torch.device,
+        *,
+        workers: int = 0,
+        sharded: bool = False,
+    ) -> None:
+        self.recipe = recipe
+        self.device = device
+        self.step = 0
+        self.saved = "no state was saved"
+        self.classes = data.classes
+        self.fingerprint = _fingerprint(data)
+        self.steps_per_epoch = len(data.train) // recipe.batch_size
+        self.steps = recipe.epochs * self.steps_per_epoch
+        self._check(data)
+        self.method = build_method(recipe, len(data.classes)).to(device).train()
+        self.engine = Engine(self.method, recipe, device, sharded=sharded)
+        # After the engine, which in a sharded run replaces the parameters by their shards.
+        self.optimizer = build_optimizer(self.method, recipe.optimizer, recipe.encoder.depth)
+        encoder = recipe.encoder
+        augment = Augment(
+            recipe.augmentations, size=encoder.image_size, mean=encoder.mean, std=encoder.std
+        )
+        self._train = make_feed(
+            data.train, augment, seed=recipe.seed, device=device, workers=workers
+        )
+        self._test: Feed | None = None
+        if data.test is not None:
+            self._test = make_feed(
+                data.test, augment, seed=recipe.seed, device=device, workers=workers
+            )
+        self._batches: Iterator[Batch] | None = None
+        self._names: list[str] = []
+        self._sums = torch.zeros(0, device=device)
+        self._latest = self._sums
+        # The first update that was not finite: its number, loss and terms; -1 while there is none.
+        self._fault = torch.full((1,), -1.0, dtype=torch.float64, device=device)
+        self._clock, self._clock_step = time.perf_counter(), 0
+
+    def _check(self, data: Labelled) -> None:
+        recipe, processes = self.recipe, distributed.world_size()
+        if self.steps_per_epoch == 0:
+            raise RecipeError(
+                f"batch_size {recipe.batch_size} is more than the {len(data.train)} training "
+                f"images of {recipe.data!r}; lower it."
+            )
+        if recipe.batch_size % (processes * recipe.accumulate):
+            raise RecipeError(
+                f"batch_size {recipe.batch_size} must be a multiple of {processes} processes x "
+                f"accumulate {recipe.accumulate}."
+            )
+        if data.train.labels is None and METHODS[recipe.method.name].needs_labels:
+            raise RecipeError(
+                f"{recipe.method.name} needs labels, and {recipe.data!r} has none; give a folder "
+                "with one folder a class."
+            )
+
+    @property
+    def path(self) -> str:
+        """Which way images take to the device, and why."""
+        return self._train.path
+
+    @property
+    def epoch(self) -> int:
+        """Number of epochs completed."""
+        return self.step // self.steps_per_epoch
+
+    @property
+    def moment(self) -> Moment:
+        """Where the next update stands."""
+        return Moment(self.step, self.steps, self.steps_per_epoch)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next update."""
+        config = self.recipe.optimizer
+        return warmup_cosine(
+            self.step,
+            steps=self.steps,
+            warmup=round(config.warmup_epochs * self.steps_per_epoch),
+            peak=config.lr * self.recipe.batch_size / 256,
+            floor=config.final_lr,
+        )
+
+    def advance(self) -> None:
+        """One update; one whose loss or gradient is not finite leaves the weights as they were.
+
+        On the CPU that is raised at once, elsewhere by `check`.
+        """
+        moment = self.moment
+        if self._batches is None:
+            self._batches = self._epoch_from(self.step % self.steps_per_epoch)
+        if self.recipe.encoder.drop_path:
+            # Stochastic depth draws from torch's generator, and a resumed run must draw the same.
+            torch.manual_seed((self.recipe.seed * 1_000_003 + self.step) % 2**63)
+        self._set_rates(moment)
+        self.method.before_step(moment)
+        terms = self.engine.gradients(self._batches)
+        self.method.after_gradient(moment)
+        terms["gradient_norm"] = self._clip()
+        self._record(terms)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.method.after_step(moment)
+        self.step += 1
+        if self.step % self.steps_per_epoch == 0:
+            self._batches = None
+        if self.device.type == "cpu":
+            self.check()
+
+    def _epoch_from(self, position: int) -> Iterator[Batch]:
+        recipe = self.recipe
+        n = self.steps_per_epoch * recipe.batch_size
+        order = epoch_order(recipe.seed, self.epoch, len(self._train), torch.device("cpu"))[:n]
+        # Each process takes a contiguous share of every batch, in as many parts as are accumulated.
+        shares = order.view(self.steps_per_epoch, distributed.world_size(), recipe.accumulate, -1)
+        parts = shares[position:, distributed.rank()].flatten(0, 1)
+        return self._train.epoch(self.epoch, list(parts))
+
+    def _set_rates(self, moment: Moment) -> None:
+        config, lr = self.recipe.optimizer, self.lr
+        decay = config.weight_decay
+        if config.final_weight_decay is not None:
+            decay = cosine(moment.progress, decay, config.final_weight_decay)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+            group["weight_decay"] = decay if group["decayed"] else 0.0
+
+    def _clip(self) -> Tensor:
+        """The norm of the whole gradient, which is scaled down to the recipe's largest."""
+        gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if self.recipe.optimizer.clip:
+            factor = (self.recipe.optimizer.clip / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, factor)
+        return norm
+
+    def _record(self, terms: Mapping[str, Tensor]) -> None:
+        """Add to the epoch's sums, and have the optimiser skip an update that is not finite.
+
+        All of it happens on the device: reading a number back would make the device wait.
+        """
+        values = torch.stack([value.detach().double() for value in terms.values()])
+        if distributed.world_size() > 1:
+            values = distributed.mean(values)
+        if not self._names or self.step % self.steps_per_epoch == 0:
+            self._names = list(terms)
+            self._sums = torch.zeros_like(values)
+        self._sums += values
+        self._latest = values
+        loss, norm = values[0], values[-1]
+        bad = ~torch.isfinite(loss + norm)
+        now = torch.cat([values.new_full((1,), self.step), values])
+        if len(self._fault) != len(now):
+            self._fault = torch.full_like(now, -1.0)
+        self._fault = torch.where(bad & (self._fault[0] < 0), now, self._fault)
+        # Fused optimisers read these two, as torch's gradient scaler sets them.
+        self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+
+    def check(self) -> None:
+        """Raise RecipeError, naming the update and its terms, where one was not finite."""
+        step, *values = self._fault.tolist()
+        if step < 0:
+            return
+        listed = ", ".join(f"{n} {v:g}" for n, v in zip(self._names, values, strict=True))
+        raise RecipeError(
+            f"The {self.recipe.method.name} loss or its gradient is not finite at step {step:.0f} "
+            f"({listed}); {self.saved}. Lower optimizer.lr or lengthen the warm-up, and start "
+            "again with force."
+        )
+
+    def latest(self) -> dict[str, float]:
+        """The loss and terms of the last update, read back from the device."""
+        return dict(zip(self._names, self._latest.tolist(), strict=True))
+
+    def log_line(self) -> dict[str, Any]:
+        """Means over the epoch just completed, and scores where they are due.
+
+        Raises RecipeError where an update was not finite.
+        """
+        self.check()
+        now = time.perf_counter()
+        images = (self.step - self._clock_step) * self.recipe.batch_size
+        means = (self._sums / self.steps_per_epoch).tolist()
+        line: dict[str, Any] = {"step": self.step, "epoch": self.epoch}
+        line |= dict(zip(self._names, means, strict=True))
+        line |= {
+            "lr": max(group["lr"] for group in self.optimizer.param_groups),
+            "images_per_s": round(images / (now - self._clock), 1),
+        }
+        if self.evaluation_is_due:
+            line |= self.evaluate()
+        self._clock, self._clock_step = time.perf_counter(), self.step
+        return line
+
+    @property
+    def evaluation_is_due(self) -> bool:
+        """Whether the epoch just completed is one to evaluate after."""
+        return self.epoch % self.recipe.evaluate_every == 0 or self.step == self.steps
+
+    def evaluate(self) -> dict[str, float]:
+        """The method's own scores on the test images, and the k-NN accuracy of its features.
+
+        The latter is that of the class token against at most 10,000 training images.
+        """
+        if self._test is None or len(self._test) == 0:
+            return {}
+        with self.engine.evaluating() as method:
+            scores = method.evaluate(self._test.plain())
+            if self.recipe.knn and self._train.labels is not None:
+                chosen = epoch_order(0, 0, len(self._train), torch.device("cpu"))[:_KNN_IMAGES]
+                bank, bank_labels = _features(method, self._train, chosen)
+                features, labels = _features(method, self._test, None)
+                scores["knn_accuracy"] = knn_accuracy(
+                    bank, bank_labels, features, labels, k=min(self.recipe.knn, len(bank))
+                )
+        return scores
+
+    def pictures(self, count: int = 8) -> dict[str, Tensor]:
+        """What the method makes of the first test images; see `Method.pictures`."""
+        if self._test is None:
+            return {}
+        images, _ = next(iter(self._test.plain(torch.arange(min(count, len(self._test))))))
+        with self.engine.evaluating() as method:
+            return method.pictures(images)
+
+    def state(self) -> dict[str, Any]:
+        """Everything a resumed run needs."""
+        return {
+            "step": self.step,
+            "recipe": self.recipe.to_dict(),
+            "data": self.fingerprint,
+            "execution": asdict(self.engine.execution),
+            "names": self._names,
+            "sums": self._sums,
+            **self.engine.state(self.optimizer),
+        }
+
+    def restore(self, state: dict[str, Any]) -> list[str]:
+        """Stand where the run that saved `state` stood; what of the machine differs, in phrases.
+
+        Raises RecipeError when that run followed another recipe or had other data.
+        """
+        differing = _differences(_decisive(state["recipe"]), _decisive(self.recipe.to_dict()))
+        if differing:
+            raise RecipeError(
+                f"This run was started with another recipe ({'; '.join(differing)}); "
+                "resume with its own, or start again with force."
+            )
+        if state["data"] != self.fingerprint:
+            raise RecipeError(
+                f"The images of {self.recipe.data!r} are not those this run was started with; put "
+                "them back, or start again with force."
+            )
+        if not isinstance(state["step"], int) or not 0 <= state["step"] <= self.steps:
+            raise ValueError(state["step"])
+        if not all(torch.isfinite(tensor).all() for tensor in state["method"].values()):
+            raise ValueError("weights that are not finite")
+        if state["execution"]["sharded"] != self.engine.execution.sharded:
+            raise RecipeError(
+                "A sharded run resumes sharded only, and a whole one whole; resume it as it was "
+                "started."
+            )
+        self.engine.restore(state, self.optimizer)
+        self._names = list(state["names"])
+        self._sums = state["sums"].to(self.device)
+        self.step = self._clock_step = state["step"]
+        return self.engine.execution.differences(state["execution"])
+
+    def close(self) -> None:
+        """Stop what works ahead on the next batches."""
+        self._batches = None
+
+
+def build_method(recipe: Recipe, classes: int) -> Method:
+    """The recipe's method with its initial weights, which its seed decides, on the CPU."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        method = METHODS[recipe.method.name](recipe.method, recipe.encoder, classes)
+        if recipe.distill is None:
+            return method
+        teacher = load_teacher(recipe.distill, recipe.encoder)
+        return Distilled(recipe.distill, method, recipe.encoder, teacher)
+
+
+def _features(method: Method, feed: Feed, indices: Tensor | None) -> tuple[Tensor, Tensor]:
+    features, labels = [], []
+    for images, classes in feed.plain(indices):
+        features.append(method.features(images).float())
+        labels.append(classes)
+    return torch.cat(features), torch.cat(labels)
+
+
+def _fingerprint(data: Labelled) -> str:
+    """A hash of the training images, or of their names where they are files, and of the labels."""
+    digest = hashlib.sha256(f"{len(data.train)}".encode())
+    part: Arrays | Files = data.train
+    if isinstance(part, Arrays):
+        digest.update(np.ascontiguousarray(part.images).data)
+    else:
+        digest.update("\n".join(part.names).encode())
+    if part.labels is not None:
+        digest.update(np.ascontiguousarray(part.labels).data)
+    return digest.hexdigest()
+
+
+def _decisive(recipe: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in recipe.items() if key not in _BOOKKEEPING}
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """ "key: old → new" for every leaf that differs."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key} was {before!r}, now {after!r}")
+    return found
