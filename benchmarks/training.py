@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -56,8 +55,8 @@ class Settings:
     """Images an update."""
     steps: int = 4
     """Timed updates a turn."""
-    turns: int = 3
-    """Turns each; the median counts."""
+    turns: int = 4
+    """Turns each; the best counts, since whatever else the machine does only slows one down."""
     images: int = 1024
     """In the data set."""
     device: str = "auto"
@@ -125,9 +124,9 @@ def measure(
             rate = settings.batch * settings.steps / timed(step, settings.steps, device)
             if turn:  # the first turn warms up caches, workers and compilers
                 rates[name].append(rate)
-    peer = median(rates["peer"])
+    peer = max(rates["peer"])
     for name, (_, planned, precision) in ours.items():
-        rate = median(rates[name])
+        rate = max(rates[name])
         bound = min(
             peaks[precision] / planned.flops, copies / bytes_per_image(planned, settings.batch)
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from processes_for_tests import together
 from safetensors.torch import load_file
 
 from vitprobe.training import pretrain
@@ -57,6 +60,31 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("teacher") / "run"
     _here(_recipe("mae", out.parent, out), out, overrides={"epochs": 1})
     return out
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
+    """Runs of two processes, all in one pair of them: to start one takes longest."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for method in RECIPES:
+        _recipe(method, folder, teacher)
+    together(_train_together, folder, str(folder))
+    return folder
+
+
+def _train_together(name: str) -> None:
+    folder = Path(name)
+    for method in RECIPES:
+        _here(folder / f"{method}.toml", folder / method)
+    mae = folder / "mae.toml"
+    _here(mae, folder / "mae accumulated", overrides={"accumulate": 2})
+    sharded = folder / "mae sharded"
+    _here(mae, sharded, sharded=True)
+    if dist.get_rank() == 0:
+        shutil.copytree(sharded, folder / "mae resumed")
+        (folder / "mae resumed" / "state.pt").unlink()
+    dist.barrier()
+    _here(mae, folder / "mae resumed", sharded=True, resume=True)
 
 
 def _here(recipe: Path, out: Path, **options: Any) -> None:
@@ -109,45 +137,43 @@ def _log(out: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "options"),
+    ("method", "run"),
     [
-        ("mae", []),
-        ("mae", ["--set", "accumulate=2"]),
-        ("mae", ["--sharded"]),
-        ("moco_v3", []),
-        ("dino", []),
-        ("supervised", []),
-        ("dmae", []),
+        ("mae", "mae"),
+        ("mae", "mae accumulated"),
+        ("mae", "mae sharded"),
+        ("mae", "mae by torchrun"),
+        ("moco_v3", "moco_v3"),
+        ("dino", "dino"),
+        ("supervised", "supervised"),
+        ("dmae", "dmae"),
     ],
 )
 def test_two_processes_have_the_loss_curve_of_one(
-    tmp_path: Path, teacher: Path, method: str, options: list[str]
+    tmp_path: Path, teacher: Path, pairs: Path, method: str, run: str
 ) -> None:
     recipe = _recipe(method, tmp_path, teacher)
     _here(recipe, tmp_path / "one")
-    _run([*_pretrain(recipe, tmp_path / "two"), *options], processes=2)
-    one, two = _log(tmp_path / "one"), _log(tmp_path / "two")
+    if run == "mae by torchrun":
+        _run(_pretrain(recipe, pairs / run), processes=2)
+    one, two = _log(tmp_path / "one"), _log(pairs / run)
     assert len(one) == len(two) == 3
     for a, b in zip(one, two, strict=True):
-        # Accuracies count images, and one on the edge may fall on either side.
-        assert a == pytest.approx(b, rel=2e-3, abs=6e-3)
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-    weights = [load_file(tmp_path / name / "encoder.safetensors") for name in ("one", "two")]
-    for name, tensor in weights[0].items():
-        torch.testing.assert_close(tensor, weights[1][name], rtol=1e-2, atol=2e-3)
+        assert a["loss"] == pytest.approx(b["loss"], rel=5e-4)
+        # A norm follows rounding closely, and an accuracy counts images that may be on the edge.
+        assert a == pytest.approx(b, rel=3e-2, abs=6e-3)
+    weights = [load_file(p / "encoder.safetensors") for p in (tmp_path / "one", pairs / run)]
+    first, second = (torch.cat([t.flatten() for t in w.values()]) for w in weights)
+    assert (first - second).norm() < 1e-2 * first.norm()
 
 
 @pytest.mark.slow
-def test_a_sharded_run_resumes_bitwise(tmp_path: Path, teacher: Path) -> None:
-    command = [*_pretrain(_recipe("mae", tmp_path, teacher), tmp_path / "run"), "--sharded"]
-    _run(command, processes=2)
-    whole, log = (tmp_path / "run" / "encoder.safetensors").read_bytes(), _log(tmp_path / "run")
-    (tmp_path / "run" / "state.pt").unlink()
-    (tmp_path / "run" / "encoder.safetensors").unlink()
-    said = _run([*command, "--resume"], processes=2)
-    assert "is missing; going on from state.previous.pt" in said
-    assert (tmp_path / "run" / "encoder.safetensors").read_bytes() == whole
-    assert _log(tmp_path / "run") == log
+def test_a_sharded_run_resumes_bitwise(pairs: Path) -> None:
+    whole, resumed = pairs / "mae sharded", pairs / "mae resumed"
+    assert (resumed / "state.pt").exists()
+    weights = [(path / "encoder.safetensors").read_bytes() for path in (whole, resumed)]
+    assert weights[0] == weights[1]
+    assert _log(whole) == _log(resumed)
 
 
 @pytest.mark.slow

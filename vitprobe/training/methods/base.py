@@ -80,11 +80,20 @@ class Method(nn.Module, ABC):
 
     @classmethod
     def check_views(cls, sizes: Sequence[int], encoder: EncoderConfig) -> None:
-        """Raise RecipeError where the method cannot use views of these sizes; one by default."""
-        if len(sizes) != 1:
+        """Raise RecipeError where the method cannot use views of these sizes.
+
+        By default it uses one, of the encoder's own size.
+        """
+        if list(sizes) != [encoder.image_size]:
             raise RecipeError(
-                f"The method trains on one view of each image, not {len(sizes)}; leave out views."
+                f"The method trains on one view of each image at encoder.image_size "
+                f"{encoder.image_size}, not on views of sizes {list(sizes)}; leave out views."
             )
+
+    @property
+    def final_encoder(self) -> VisionTransformer:
+        """The encoder that a run leaves behind: the one that is trained, unless a method says."""
+        return self.encoder
 
     @abstractmethod
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -104,7 +113,7 @@ class Method(nn.Module, ABC):
 
     def features(self, images: Tensor) -> Tensor:
         """(b, width): what the online k-NN compares, the class token after the final norm."""
-        return self.encode(images)[:, 0]
+        return encode(self.final_encoder, images)[:, 0]
 
     def heard_modules(self) -> set[nn.Module]:
         """Modules that something listens to while the loss is taken; none by default."""

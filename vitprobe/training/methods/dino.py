@@ -90,6 +90,11 @@ class DINO(Method):
         self.register_buffer("_output_sum", torch.zeros(config.prototypes), persistent=False)
         self._output_count = 0
 
+    @property
+    def final_encoder(self) -> VisionTransformer:
+        """The teacher, which stays ahead of the student throughout (section 5.1 and figure 6)."""
+        return self.teacher_encoder
+
     @classmethod
     def check_views(cls, sizes: Sequence[int], encoder: EncoderConfig) -> None:
         """Raise RecipeError unless two views have the encoder's size and all fit its patches."""

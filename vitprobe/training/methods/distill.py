@@ -234,6 +234,11 @@ class Distilled(Method):
         return self.inner.encoder
 
     @property
+    def final_encoder(self) -> VisionTransformer:
+        """As the method's own."""
+        return self.inner.final_encoder
+
+    @property
     def accumulation_changes(self) -> str:  # type: ignore[override]
         """The method's own."""
         return self.inner.accumulation_changes

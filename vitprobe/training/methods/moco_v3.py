@@ -91,14 +91,12 @@ class MoCoV3(Method):
                 "MoCo v3 tells the images of a batch apart and normalises over them, so a batch "
                 f"needs at least 2, not {count}; raise batch_size."
             )
-        # The encoder treats each image by itself, so it may see both views at once; the batch
-        # norms of the heads take the statistics of one view at a time, as the paper's do.
-        images = torch.cat(batch.views)
-        first, second = self.encode(images)[:, 0].chunk(2)
-        q1, q2 = (self.predictor(self.projector(x)) for x in (first, second))
+        # One view at a time, of which the batch norms of the heads take the statistics.
+        q1, q2 = (self.predictor(self.projector(self.encode(x)[:, 0])) for x in batch.views)
         with torch.no_grad():
-            first, second = encode(self.momentum_encoder, images)[:, 0].chunk(2)
-            k1, k2 = (self.momentum_projector(x) for x in (first, second))
+            k1, k2 = (
+                self.momentum_projector(encode(self.momentum_encoder, x)[:, 0]) for x in batch.views
+            )
         temperature = self.config.temperature
         loss_1, hits_1 = contrast(q1, k2, temperature)
         loss_2, hits_2 = contrast(q2, k1, temperature)
