@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -275,15 +276,18 @@ class Loop:
         self.scaler = torch.amp.GradScaler(enabled=self.amp)
         trained = [p for p in network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.05)
-        loader = DataLoader(
-            data, batch, shuffle=True, num_workers=workers, drop_last=True, pin_memory=self.amp,
-            persistent_workers=workers > 0,
-        )  # fmt: skip
-        self.batches = self._forever(loader)
+        self.loader = DataLoader(
+            data, batch, shuffle=True, num_workers=workers, drop_last=True, pin_memory=self.amp
+        )
+        self.batches: Iterator[Any] = iter(())
 
-    def _forever(self, loader: Any) -> Any:
-        while True:
-            yield from loader
+    def start(self) -> None:
+        """Start the workers, which go on preparing batches until `stop`."""
+        self.batches = itertools.chain.from_iterable(itertools.repeat(self.loader))
+
+    def stop(self) -> None:
+        """End the workers, so that they take no time from anybody else."""
+        self.batches = iter(())
 
     def step(self) -> None:
         views, labels = next(self.batches)

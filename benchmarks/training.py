@@ -118,12 +118,16 @@ def measure(
     published = peers.WORKERS[method] if workers is None else workers
     loop = peer_of(method, settings, device, arrays if files is None else files, published)
     rates: dict[str, list[float]] = {name: [] for name in ["peer", *ours]}
-    steps = {"peer": loop.step, **{name: entry[0] for name, entry in ours.items()}}
     for turn in range(settings.turns + 1):
-        for name, step in steps.items():
-            rate = settings.batch * settings.steps / timed(step, settings.steps, device)
-            if turn:  # the first turn warms up caches, workers and compilers
-                rates[name].append(rate)
+        loop.start()
+        loop.step()
+        rates["peer"].append(rate_of(loop.step, settings, device))
+        loop.stop()
+        for name, (step, _, _) in ours.items():
+            step()
+            rates[name].append(rate_of(step, settings, device))
+        if not turn:  # the first turn warms up caches and compilers
+            rates = {name: [] for name in rates}
     peer = max(rates["peer"])
     for name, (_, planned, precision) in ours.items():
         rate = max(rates[name])
@@ -138,6 +142,11 @@ def measure(
         )
     for run in runs:
         run.close()
+
+
+def rate_of(step: Callable[[], None], settings: Settings, device: torch.device) -> float:
+    """Images/s of one turn."""
+    return settings.batch * settings.steps / timed(step, settings.steps, device)
 
 
 def timed(step: Callable[[], None], count: int, device: torch.device) -> float:
