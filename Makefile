@@ -19,8 +19,9 @@ lint: $(VENV)/installed
 types: $(VENV)/installed
 	$(BIN)/mypy
 
+# Tests marked slow run where SLOW is set, as in CI.
 pytest: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) $(if $(SLOW),,-m "not slow")
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "vitprobe needs Python 3.11, 3.12 or 3.13; set PYTHON=…")'
