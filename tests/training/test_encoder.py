@@ -46,7 +46,9 @@ def test_export_reloads_as_timms_model(tmp_path: Path, num_classes: int, positio
     config = EncoderConfig(**TINY, positions=positions)
     encoder = build_encoder(config, num_classes).eval()
     architecture = config.architecture(num_classes)
-    save_encoder(encoder, tmp_path / "encoder.safetensors", {"architecture": architecture})
+    save_encoder(
+        encoder.state_dict(), tmp_path / "encoder.safetensors", {"architecture": architecture}
+    )
     with safe_open(tmp_path / "encoder.safetensors", "pt") as file:
         metadata = json.loads(file.metadata()["vitprobe"])
     fresh = VisionTransformer(**metadata["architecture"]).eval()

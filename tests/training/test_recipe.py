@@ -63,7 +63,10 @@ def test_overrides_reach_every_table_and_data_has_its_own_argument() -> None:
         ({"encoder.mean": 0.5}, "encoder.mean must be a list of values"),
         ({"encoder.positions": "sin"}, "encoder.positions must be 'learned' or 'sincos'"),
         ({"method.normalize_targets": 1}, "method.normalize_targets must be true or false"),
-        ({"method.name": "mea"}, r"one of mae, supervised, not 'mea'. Did you mean 'mae'\?"),
+        (
+            {"method.name": "mea"},
+            r"one of mae, moco_v3, dino, supervised, not 'mea'. Did you mean 'mae'\?",
+        ),
         ({"encoder": 5}, "encoder must be a table, not 5"),
     ],
 )

@@ -79,7 +79,10 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, depth: int) -> to
 
 
 def layer_of(name: str, depth: int) -> int:
-    """0 for the encoder's embedding, i + 1 for its block i, `depth` + 1 for all that follows."""
+    """0 for the encoder's embedding, i + 1 for its block i, `depth` + 1 for all that follows.
+
+    The final norm counts with what follows, as in BEiT's and MAE's code.
+    """
     part = re.search(r"(?:^|\.)encoder\.(.+)", name)
     if part is None:
         return depth + 1

@@ -8,7 +8,6 @@ the mean squared error on the masked patches only, against pixels normalised per
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,16 +99,6 @@ class MAE(Method):
         nn.init.xavier_uniform_(projection.weight.view(len(projection.weight), -1))
         nn.init.zeros_(projection.bias)
         nn.init.normal_(self.mask_token, std=0.02)
-
-    @classmethod
-    def check_views(cls, sizes: Sequence[int], encoder: EncoderConfig) -> None:
-        """One view, of the encoder's own size: its positions are those of one grid."""
-        super().check_views(sizes, encoder)
-        if sizes[0] != encoder.image_size:
-            raise RecipeError(
-                f"augment.size {sizes[0]} must be encoder.image_size {encoder.image_size} for mae; "
-                "leave it out."
-            )
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error per masked pixel, in units of the patch's standard deviation."""
