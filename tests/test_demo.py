@@ -12,7 +12,7 @@ def test_the_demo_trains_and_compares(tmp_path):
     page = demo(tmp_path / "demo")
     assert page.name == "report.html"
     result = vp.open_result(page.parent / "results.nc")
-    assert result.models == ("MAE", "Supervised", "Untrained")
+    assert result.models == ("MAE", "MoCo-v3", "Supervised", "D-MAE", "Untrained")
     assert result.provenance["images"]["count"] == 360
     assert (result.cka("MAE", "MAE").values.diagonal() == 1).all()
     supervised = result.describe("Supervised")

@@ -69,7 +69,7 @@ def test_a_damaged_line_is_left_out_and_said(folder: Path, damage: str) -> None:
     expected = read_runs(folder)
     with (folder / "b" / "log.jsonl").open("a") as log:
         log.write(f"{damage}\n")
-    with pytest.warns(UserWarning, match=r"a line of '.*log\.jsonl' cannot be read and is left"):
+    with pytest.warns(UserWarning, match=r"a line of '.*log\.jsonl' cannot be read, left out"):
         assert read_runs(folder).equals(expected)
 
 

@@ -191,7 +191,7 @@ class Pretrain:
     set: tuple[str, ...] = ()
     """Overrides of recipe keys, such as epochs=3 or optimizer.lr=1e-3."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
+    """auto, cpu, cuda, cuda:1."""
     workers: int | None = None
     """Processes that decode images, where they do not live on the device; one a core."""
     sharded: bool = False
@@ -328,8 +328,8 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     except VitprobeError as error:
         _complain(str(error))
         status = 2
-    except KeyboardInterrupt:
-        _complain("interrupted")
+    except KeyboardInterrupt as stop:
+        _complain(str(stop) or "interrupted")
         status = 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -362,12 +362,16 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _complain(text: str) -> None:
-    if _LEADS:
-        print(f"vitprobe: {_one_line(text)}", file=sys.stderr)
+    who = "vitprobe" if _LEADS else f"vitprobe, process {os.environ['RANK']}"
+    print(f"{who}: {_one_line(text)}", file=sys.stderr)
 
 
 def _parse(args: Sequence[str] | None) -> Any:
     """tyro's parse, its boxed usage errors folded into one line."""
+    given = sys.argv[1:] if args is None else args
+    if list(given).count("--set") > 1:
+        _complain("--set is given more than once; list all overrides after one --set")
+        raise SystemExit(2)
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):

@@ -113,7 +113,7 @@ def _lines(log: Path) -> list[dict[str, Any]]:
     lines = [line for text in texts if (line := _line(text)) is not None]
     if damaged := len(texts) - len(lines):
         which = "a line" if damaged == 1 else f"{damaged} lines"
-        warnings.warn(f"{which} of '{log}' cannot be read and is left out", stacklevel=3)
+        warnings.warn(f"{which} of '{log}' cannot be read, left out", stacklevel=3)
     return lines
 
 
@@ -127,4 +127,7 @@ def _line(text: str) -> dict[str, Any] | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    # Python reads numbers from JSON that no float can hold.
+    return abs(value) < 1e300

@@ -14,7 +14,14 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
 from vitprobe.errors import RecipeError
-from vitprobe.training.encoder import EncoderConfig, build_encoder, save_encoder, sincos_positions
+from vitprobe.training.encoder import (
+    EncoderConfig,
+    StochasticDepth,
+    build_encoder,
+    save_encoder,
+    sincos_positions,
+)
+from vitprobe.training.randomness import Draws
 
 TINY: dict[str, Any] = {
     "image_size": 8, "patch_size": 2, "channels": 1, "width": 16, "depth": 2, "heads": 2,
@@ -76,3 +83,31 @@ def test_export_reloads_as_timms_model(tmp_path: Path, num_classes: int, positio
 def test_impossible_encoders_are_refused_by_name(change: dict[str, Any], named: str) -> None:
     with pytest.raises(RecipeError, match=named):
         EncoderConfig(**{**TINY, **change})
+
+
+def test_stochastic_depth_is_keyed_by_sample_and_keeps_the_mean() -> None:
+    depth, n = StochasticDepth(0.3, "branch"), 4000
+    branch = torch.ones(n, 1, 1)
+    assert depth(branch) is branch  # without draws
+    depth.draws = Draws(0, 0, torch.arange(n))
+    out = depth(branch).flatten()
+    assert out.unique().tolist() == [0.0, pytest.approx(1 / 0.7)]
+    assert out.mean().item() == pytest.approx(1, abs=4 * (0.3 / 0.7 / n) ** 0.5)
+    # A share of the batch sees what the whole batch sees.
+    depth.draws = Draws(0, 0, torch.arange(n)[1000:1500])
+    assert torch.equal(depth(branch[:500]).flatten(), out[1000:1500])
+    # Two views that go through together are dropped apart, and by sample too.
+    both = depth(branch[:1000]).view(2, 500)
+    assert not torch.equal(both[0], both[1])
+    depth.draws = Draws(0, 0, torch.arange(n)[1000:1250])
+    assert torch.equal(depth(branch[:500]).view(2, 250), both[:, :250])
+    assert depth.eval()(branch) is branch
+
+
+def test_stochastic_depth_rises_linearly_over_the_blocks() -> None:
+    config = EncoderConfig(
+        image_size=8, patch_size=2, channels=1, width=16, depth=5, heads=2, mean=(0.0,),
+        std=(1.0,), drop_path=0.4,
+    )  # fmt: skip
+    rates = [getattr(block.drop_path1, "rate", 0.0) for block in build_encoder(config).blocks]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])

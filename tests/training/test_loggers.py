@@ -199,7 +199,7 @@ def test_a_missing_package_is_named_with_its_extra(
 ) -> None:
     for module in ("tensorboard", "torch.utils.tensorboard", "wandb"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(RecipeError, match=rf"'{name}' needs .* pip install 'vitprobe\[logging\]'"):
+    with pytest.raises(RecipeError, match=rf"'{name}' needs .* pip install -e '.\[logging\]'"):
         opened(name, tmp_path)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +252,7 @@ def test_a_run_in_another_thread_needs_no_signals(tmp_path: Path) -> None:
 
 def test_an_existing_directory_is_refused_and_untouched(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ResultError, match="exists; resume it, replace it with force"):
+    with pytest.raises(ResultError, match="exists; resume it"):
         _train("mae", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -371,7 +373,7 @@ def test_progress_goes_to_stderr_or_nowhere(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_run_starts_from_the_same_weights_and_learns_the_same(tmp_path: Path) -> None:
-    recipe = _small("mae", epochs=1)
+    recipe = _small("mae", epochs=1, precision="fp32")
     losses = []
     for device in ("cpu", "cuda"):
         pretrain(recipe, tmp_path / device, device=device, progress=False)
@@ -386,6 +388,37 @@ def test_no_epochs_leave_the_untrained_start(tmp_path: Path) -> None:
     with safe_open(first, "pt") as file:
         assert all(torch.equal(file.get_tensor(name), start[name]) for name in start)
         assert json.loads(file.metadata()["vitprobe"])["metrics"] == {}
+
+
+def test_resuming_with_another_teacher_is_refused(tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    for seed in (0, 1):
+        changes = SMALL | {"epochs": 0, "seed": seed}
+        pretrain("digits_mae", teacher, overrides=changes, force=True, progress=False, device="cpu")
+        recipe = _small("dmae", **{"distill.teacher": f"run:{teacher}", "epochs": 1})
+        if seed == 0:
+            pretrain(recipe, tmp_path / "run", device="cpu", progress=False)
+    with pytest.raises(RecipeError, match="teacher's weights are not those"):
+        pretrain(recipe, tmp_path / "run", device="cpu", progress=False, resume=True)
+
+
+def test_an_odd_share_cannot_be_mixed(tmp_path: Path) -> None:
+    recipe = _small("supervised", batch_size=250, accumulate=2)
+    with pytest.raises(RecipeError, match="each process works on 125 at a time"):
+        pretrain(recipe, tmp_path / "run", device="cpu", progress=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_and_recomputed_blocks_learn_the_same(tmp_path: Path, method: str) -> None:
+    losses = []
+    for name, change in (("plain", {}), ("both", {"compile": "blocks", "recompute": True})):
+        recipe = _small(method, epochs=1, **change)
+        pretrain(recipe, tmp_path / name, device="cpu", progress=False)
+        losses.append(_log(tmp_path / name)[-1]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    execution = json.loads((tmp_path / "both" / "run.json").read_text())["execution"]
+    assert execution["compile"] == "blocks"
 
 
 def test_resume_without_its_log_is_refused(tmp_path: Path) -> None:
@@ -406,3 +439,61 @@ def test_threads_are_the_recipes_and_put_back(
         pretrain("digits_mae", tmp_path / "a", progress=False)
     assert seen == [1]
     assert torch.get_num_threads() == before
+
+
+def test_ctrl_c_finishes_the_update_saves_and_the_run_resumes_bitwise(
+    whole: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advance = Run.advance
+
+    def interrupted(run: Run) -> None:
+        advance(run)
+        if run.step == STEPS_PER_EPOCH + 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "advance", interrupted)
+        with pytest.raises(KeyboardInterrupt, match=r"Stopped at step 7 of 15.*resume"):
+            _train("mae", tmp_path / "run")
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == 7
+    _train("mae", tmp_path / "run", resume=True)
+    _assert_same_run(tmp_path / "run", whole["mae"])
+
+
+def test_a_directory_where_a_run_is_at_work_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _train("mae", tmp_path / "run")
+    advance, said = Run.advance, []
+
+    def second(run: Run) -> None:
+        if run.step == 1:
+            for options in ({"resume": True}, {"force": True}):
+                with pytest.raises(ResultError, match="Another run is at work") as refusal:
+                    _train("mae", tmp_path / "run", **options)
+                said.append(refusal)
+        advance(run)
+
+    monkeypatch.setattr(Run, "advance", second)
+    _train("mae", tmp_path / "run", force=True)
+    assert len(said) == 2
+
+
+def test_a_logger_that_is_not_there_costs_no_earlier_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = _train("mae", tmp_path / "run")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    for option in ({"force": True}, {}):
+        with pytest.raises(RecipeError, match="'wandb' needs a package"):
+            _train("mae", tmp_path / ("run" if option else "new"), loggers=["wandb"], **option)
+    assert encoder.exists()
+    assert not (tmp_path / "new").exists()
+
+
+def test_held_out_images_without_labels_are_not_scored(tmp_path: Path) -> None:
+    digits = load_labelled("digits")
+    assert digits.test is not None
+    bare = replace(digits, test=replace(digits.test, labels=None))
+    pretrain(_small("supervised", epochs=1, knn=5), tmp_path / "run", data=bare, device="cpu")
+    assert not {"test_accuracy", "knn_accuracy"} & _log(tmp_path / "run")[-1].keys()

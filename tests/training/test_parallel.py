@@ -35,6 +35,7 @@ image_size = 8
 width = 16
 depth = 2
 heads = 2
+drop_path = {drop}
 {tables}
 """
 DINO = """
@@ -96,7 +97,12 @@ def _recipe(method: str, folder: Path, teacher: Path) -> Path:
     if base == "digits_base":
         base, tables = "digits_mocov3", tables
     path = folder / f"{method}.toml"
-    text = RECIPE.format(base=base, top=top, tables=tables.replace("{teacher}", f"run:{teacher}"))
+    text = RECIPE.format(
+        base=base,
+        top=top,
+        tables=tables.replace("{teacher}", f"run:{teacher}"),
+        drop=0.2 if method in ("dino", "supervised") else 0,
+    )
     if method == "dino":
         # Another method's table cannot inherit the first one's keys.
         text = text.replace('inherits = "digits_mocov3"', f'inherits = "{_bare(folder)}"')

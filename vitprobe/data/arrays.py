@@ -51,6 +51,8 @@ def load_npz(path: Path) -> Split:
     Raises:
         DataError: no such arrays, or not images and labels.
     """
+    if not zipfile.is_zipfile(path):
+        raise DataError(f"cannot read '{path}': it is no archive of arrays as numpy.savez writes")
     try:
         with np.load(path, allow_pickle=False) as file:
             held = {key: file[key] for key in file.files if key.removeprefix("test_") in _KEYS}

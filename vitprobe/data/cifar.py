@@ -67,7 +67,7 @@ def load_cifar(path: Path) -> Split:
     meta = _unpickle(path, kind.meta, read(kind.meta))
     try:
         classes = tuple(name.decode() for name in meta[kind.classes])
-    except (KeyError, AttributeError, TypeError) as error:
+    except (KeyError, AttributeError, TypeError, UnicodeDecodeError) as error:
         raise DataError(f"{kind.meta} of '{path}' names no classes") from error
     held_out = _batch(path, kind.test, read(kind.test), kind)
     train, test = arrays(images, labels, str(path)), arrays(*held_out, str(path))

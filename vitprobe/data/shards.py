@@ -102,9 +102,10 @@ def _labels(
     labels = np.empty(len(known), dtype=np.int64)
     for i in range(len(known)):
         text = read(i).strip()
-        if not text.isdigit():
+        if not text.isdigit() or len(text) > 6:
             raise DataError(
-                f"the class of '{names[i]}' of '{source}' is {text[:20]!r}, not a number from 0 on"
+                f"the class of '{names[i]}' of '{source}' is {text[:20]!r}, "
+                "not a number from 0 to 999999"
             )
         labels[i] = int(text)
     return labels

@@ -16,6 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vitprobe.errors import VitprobeError
+
+
+def launched() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
 
 def rank() -> int:
     """Number of this process, from 0."""
@@ -34,15 +41,18 @@ def joined(device: torch.device) -> Iterator[torch.device]:
     Yields the device of this process. Without torchrun, or where the caller has made a process
     group, nothing is joined and nothing left.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    if launched() == 1 or dist.is_initialized():
         yield device
         return
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield device
+    except RuntimeError as error:
+        if "Connection closed by peer" not in str(error):
+            raise
+        raise VitprobeError("Another process of this run ended; its message says why.") from error
     finally:
         dist.destroy_process_group()
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vitprobe.errors import RecipeError
 from vitprobe.files import replacing
+from vitprobe.training.randomness import Draws
 
 
 @dataclass(frozen=True)
@@ -94,17 +95,50 @@ def build_encoder(config: EncoderConfig, num_classes: int = 0) -> VisionTransfor
     narrow model far too small: layers at a standard deviation of 0.02, which suits width 768, and
     a class token of 1e-6, which the norms cannot lift above their epsilon.
     """
-    encoder = VisionTransformer(
-        **config.architecture(num_classes), weight_init="jax", drop_path_rate=config.drop_path
-    )
+    encoder = VisionTransformer(**config.architecture(num_classes), weight_init="jax")
     nn.init.normal_(encoder.get_parameter("cls_token"), std=0.02)
     for i in range(config.depth):
         qkv = encoder.get_parameter(f"blocks.{i}.attn.qkv.weight").detach()
         for matrix in qkv.chunk(3):
             nn.init.xavier_uniform_(matrix)
+    for i, block in enumerate(encoder.blocks):
+        rate = config.drop_path * i / max(config.depth - 1, 1)
+        for branch in ("drop_path1", "drop_path2") if rate else ():
+            setattr(block, branch, StochasticDepth(rate, f"{branch} {i}"))
     if config.positions == "sincos":
         encoder.pos_embed = fixed_positions(config.width, config.grid)
     return encoder
+
+
+class StochasticDepth(nn.Module):
+    """Leaves a residual branch out for some samples: (n, tokens, width) → the same.
+
+    Huang et al., "Deep Networks with Stochastic Depth", ECCV 2016, by sample; what is kept is
+    scaled so that the mean stays. Which samples is decided by `draws`, those of the batch: unlike
+    with torch's generator, a batch that is shared out or resumed sees the same. Several views that
+    go through the encoder together are told apart, those that go one after another are not.
+
+    rate: share of the samples that go without. name: of the stream of random numbers.
+    """
+
+    def __init__(self, rate: float, name: str) -> None:
+        super().__init__()
+        self.rate = rate
+        self.name = name
+        self.draws: Draws | None = None
+
+    def forward(self, branch: Tensor) -> Tensor:
+        """Change nothing in eval mode and where no draws were given."""
+        if not self.training or self.rate == 0 or self.draws is None:
+            return branch
+        return branch * self._factors(self.draws, len(branch)).to(branch.dtype)[:, None, None]
+
+    # A compiler would compile each block anew for its rate and each epoch for its key.
+    @torch.compiler.disable
+    def _factors(self, draws: Draws, n: int) -> Tensor:
+        views = n // len(draws.index)
+        kept = draws.uniform(f"{self.name} of {views}", views).T.flatten() >= self.rate
+        return kept / (1 - self.rate)
 
 
 def encode(encoder: VisionTransformer, images: Tensor, visible: Tensor | None = None) -> Tensor:
@@ -117,9 +151,13 @@ def encode(encoder: VisionTransformer, images: Tensor, visible: Tensor | None = 
     if visible is None:
         return encoder.forward_features(images)
     projection = encoder.patch_embed.proj
-    patches = F.unfold(images, projection.kernel_size, stride=projection.stride).mT
-    weight = projection.weight.flatten(1)
-    tokens = F.linear(take(patches, visible), weight, projection.bias)
+    (rows, columns), (height, width) = encoder.patch_embed.grid_size, projection.kernel_size
+    b, c, *_ = images.shape
+    patches = images.reshape(b, c, rows, height, columns, width).permute(0, 2, 4, 1, 3, 5)
+    chosen = patches[
+        torch.arange(b, device=images.device)[:, None], visible // columns, visible % columns
+    ].flatten(2)
+    tokens = F.linear(chosen, projection.weight.flatten(1), projection.bias)
     tokens = encoder.patch_embed.norm(tokens)
     prefix = [
         token.expand(len(images), -1, -1)
@@ -128,7 +166,7 @@ def encode(encoder: VisionTransformer, images: Tensor, visible: Tensor | None = 
     ]
     count = sum(token.shape[1] for token in prefix)
     positions: Tensor = encoder.get_parameter("pos_embed")
-    if positions.shape[1] > patches.shape[1]:
+    if positions.shape[1] > rows * columns:
         prefix = [torch.cat(prefix, dim=1) + positions[:, :count]]
         positions = positions[:, count:]
     tokens = tokens + take(positions.expand(len(images), -1, -1), visible)

@@ -37,6 +37,7 @@ class Execution:
     processes: int
     sharded: bool
     torch: str
+    threads: int
 
     def differences(self, saved: dict[str, Any]) -> list[str]:
         """What differs from the execution of a saved state, one phrase each."""
@@ -78,7 +79,7 @@ class Engine:
             for block in _unheard_blocks(method):
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
         if compiling != "off":
-            reason = _compile(_unheard_blocks(method), compiling, device)
+            reason = _compile(_unheard_blocks(method), device)
             if reason:
                 self.notes.append(f"torch.compile failed ({reason}); running without it")
                 compiling = "off"
@@ -86,7 +87,13 @@ class Engine:
         if sharded and processes == 1:
             raise RecipeError("Sharding needs several processes; start them with torchrun.")
         self.execution = Execution(
-            device.type, precision, compiling, processes, sharded, str(torch.__version__)
+            device.type,
+            precision,
+            compiling,
+            processes,
+            sharded,
+            str(torch.__version__),
+            torch.get_num_threads() if device.type == "cpu" else 0,
         )
         self._module: nn.Module = method
         if sharded:
@@ -203,21 +210,20 @@ def _unheard_blocks(method: Method) -> list[Block]:
     ]
 
 
-def _compile(blocks: list[Block], kind: str, device: torch.device) -> str:
+def _compile(blocks: list[Block], device: torch.device) -> str:
     """Compile blocks in place after one has been tried; the reason where it cannot be done."""
     if not blocks:
         return "there is no block that can be compiled"
-    options: dict[str, Any] = {"mode": "reduce-overhead"} if kind == "graphs" else {}
     trial = blocks[0]
     width = next(trial.parameters()).shape[0]
     try:
         tokens = torch.randn(2, 5, width, device=device, requires_grad=True)
-        torch.compile(trial, **options)(tokens).sum().backward()
+        torch.compile(trial)(tokens).sum().backward()
     except Exception as error:
         # Whatever a compiler, its linker or its driver raises.
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
     finally:
         trial.zero_grad()
     for block in blocks:
-        block.compile(**options)
+        block.compile()
     return ""

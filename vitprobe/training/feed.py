@@ -138,11 +138,14 @@ class Workers(Feed):
     def epoch(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[Batch]:
         tasks = [(epoch, chunk.numpy()) for batch in batches for chunk in batch.split(_CHUNK)]
         chunks = self._pool.run(tasks, ahead=max((len(batch) for batch in batches), default=0))
+        # One copy to the device an epoch rather than one a batch, which would wait for it.
+        indices = torch.cat([torch.empty(0, dtype=torch.int64), *batches]).to(self._device)
         try:
-            for batch in batches:
+            for batch, index in zip(
+                batches, indices.split([len(batch) for batch in batches]), strict=True
+            ):
                 pieces = [self._moved(next(chunks)) for _ in batch.split(_CHUNK)]
                 crops = [torch.cat(views) for views in zip(*pieces, strict=True)]
-                index = batch.to(self._device)
                 draws = Draws(self._seed, epoch, index)
                 yield Batch(self._augment.finish(crops, draws), self._labels[index], draws)
         finally:

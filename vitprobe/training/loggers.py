@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +141,20 @@ LOGGERS: dict[str, Callable[[Path, str, Mapping[str, Any], int], Logger]] = {
 }
 
 
+def check_loggers(names: Sequence[str]) -> None:
+    """Raise RecipeError for an unknown name and for a package that is not installed."""
+    for name in names:
+        if name not in LOGGERS:
+            raise RecipeError(
+                f"There is no logger '{name}', but {' and '.join(LOGGERS)}.{suggest(name, LOGGERS)}"
+            )
+        if not (sys.modules[name] if name in sys.modules else find_spec(name)):
+            raise RecipeError(
+                f"The logger '{name}' needs a package that is not installed; install it with pip "
+                "install -e '.[logging]', or leave that logger out."
+            )
+
+
 def open_loggers(
     names: Sequence[str],
     out: Path,
@@ -156,11 +172,7 @@ def open_loggers(
     cannot be reached at the start.
     """
     opened: list[Logger] = []
-    for name in names:
-        if name not in LOGGERS:
-            raise RecipeError(
-                f"There is no logger '{name}', but {' and '.join(LOGGERS)}.{suggest(name, LOGGERS)}"
-            )
+    check_loggers(names)
     for name in names:
         try:
             opened.append(LOGGERS[name](out, run_name, config, resume_step))
@@ -168,7 +180,7 @@ def open_loggers(
             _close(opened)
             raise RecipeError(
                 f"The logger '{name}' needs a package that is not installed ({_reason(error)}); "
-                "install it with pip install 'vitprobe[logging]', or leave that logger out."
+                "install it with pip install -e '.[logging]', or leave that logger out."
             ) from error
         except Exception as error:  # whatever a service raises, the user learns which it was
             _close(opened)

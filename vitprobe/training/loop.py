@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -22,11 +23,10 @@ from tqdm.auto import tqdm
 from vitprobe import provenance
 from vitprobe.data.labelled import Labelled, load_labelled
 from vitprobe.devices import find_device
-from vitprobe.errors import CheckpointError, ResultError
+from vitprobe.errors import CheckpointError, RecipeError, ResultError
 from vitprobe.training import distributed
 from vitprobe.training.encoder import save_encoder
-from vitprobe.training.loggers import Logger, open_loggers
-from vitprobe.training.methods.distill import Distilled
+from vitprobe.training.loggers import Logger, check_loggers, open_loggers
 from vitprobe.training.pictures import save_grid
 from vitprobe.training.recipe import Recipe, load_recipe
 from vitprobe.training.run import Run
@@ -115,7 +115,13 @@ def pretrain(
         )
         run = Run(resolved, labelled, place, workers=_workers(workers), sharded=sharded)
         stack.callback(run.close)
+        check_loggers(loggers)
+        existed = out.is_dir()
+        if existed:
+            stack.enter_context(_alone(out))
         notes = [run.path, *run.engine.notes, *_prepare(out, run, resume=resume, force=force)]
+        if not existed:
+            stack.enter_context(_alone(out))
         sinks = open_loggers(
             loggers if leads else (),
             out,
@@ -139,7 +145,7 @@ def _train(run: Run, out: Path, sinks: Sequence[Logger], *, progress: bool) -> N
     recipe = run.recipe
     if run.step == 0 and 0 in recipe.snapshots:
         _snapshot(run, out)
-    with _sigterm() as terminated, _bar(run, progress) as bar:
+    with _signals() as stopped, _bar(run, progress) as bar:
         shown = saved = time.monotonic()
         while run.step < run.steps:
             run.advance()
@@ -147,21 +153,27 @@ def _train(run: Run, out: Path, sinks: Sequence[Logger], *, progress: bool) -> N
             bar.update()
             if not bar.disable and now - shown > _SHOWN_EVERY_S:
                 shown = now
-                bar.set_postfix({**_short(run.latest()), "lr": f"{run.lr:.1e}"}, refresh=False)
+                if distributed.world_size() == 1:
+                    run.check()
+                latest = {k: v for k, v in run.latest().items() if k != "gradient_norm"}
+                bar.set_postfix(
+                    {"epoch": run.epoch, **_short(latest), "lr": f"{run.lr:.1e}"}, refresh=False
+                )
             ended = run.step % run.steps_per_epoch == 0
             if ended:
-                _log(run, out, sinks, quiet=not progress or not bar.disable)
+                _log(run, out, sinks, quiet=not progress)
                 if run.epoch in recipe.snapshots:
                     _snapshot(run, out)
-            stop, late = _agreed(run, terminated.is_set(), now - saved > 60 * recipe.save_minutes)
+            stop, late = _agreed(run, stopped.is_set(), now - saved > 60 * recipe.save_minutes)
             if stop or late or (ended and run.epoch % recipe.save_every == 0):
                 _save(run, out)
                 saved = now
             if stop:
-                raise Terminated(
+                said = (
                     f"Stopped at step {run.step} of {run.steps}; {out / _STATE} is saved, "
-                    "resume to go on."
+                    "resume (--resume) to go on."
                 )
+                raise KeyboardInterrupt(said) if stopped.interrupted else Terminated(said)
     _save(run, out)
 
 
@@ -190,7 +202,8 @@ def _log(run: Run, out: Path, sinks: Sequence[Logger], *, quiet: bool) -> None:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr)  # noqa: T201
+    # Above the progress bar, where there is one.
+    tqdm.write(text, file=sys.stderr)
 
 
 def _short(values: Mapping[str, float]) -> dict[str, str]:
@@ -242,6 +255,7 @@ def _agreed(run: Run, *wishes: bool) -> list[bool]:
         return list(wishes)
     if run.step % _AGREE_EVERY and run.step != run.steps:
         return [False] * len(wishes)
+    run.check()
     wished = torch.tensor(wishes, dtype=torch.float64, device=run.device)
     return (distributed.mean(wished) > 0).tolist()
 
@@ -261,7 +275,7 @@ def _metadata(run: Run, log: Path) -> dict[str, Any]:
         "classes": list(run.classes),
         "metrics": {k: v for k, v in last.items() if k not in _PROGRESS_KEYS},
     }
-    if isinstance(run.method, Distilled):
+    if run.method.teacher_sha256 is not None:
         described["teacher_sha256"] = run.method.teacher_sha256
     return described
 
@@ -288,18 +302,27 @@ def _prepare(out: Path, run: Run, *, resume: bool, force: bool) -> list[str]:
 def _clear(out: Path, *, force: bool) -> None:
     try:
         if out.exists() and not (out.is_dir() and not any(out.iterdir())) and not force:
-            raise ResultError(f"{out} exists; resume it, replace it with force, or name another.")
+            raise ResultError(
+                f"{out} exists; resume it (--resume), replace it (--force), or name another."
+            )
         out.mkdir(parents=True, exist_ok=True)
         # Only what a run writes is replaced: force must not cost anyone their other files.
         for path in (out / _STATE, out / _LOG, out / _RECIPE, out / _ENCODER, out / _ABOUT):
             path.unlink(missing_ok=True)
         previous(out / _STATE).unlink(missing_ok=True)
+        _sweep(out)
         for folder, pattern in ((_SNAPSHOTS, "*.safetensors"), (_PICTURES, "*.png")):
             for path in (out / folder).glob(f"epoch_{pattern}"):
                 path.unlink()
         shutil.rmtree(out / "tensorboard", ignore_errors=True)
     except OSError as error:
         raise ResultError(f"Cannot write to {out}: {error.strerror}.") from error
+
+
+def _sweep(out: Path) -> None:
+    """Remove what a process left half-written when it was killed."""
+    for path in out.glob(f".{_STATE}.*.part"):
+        path.unlink()
 
 
 def _resume(out: Path, run: Run) -> list[str]:
@@ -323,8 +346,11 @@ def _resume(out: Path, run: Run) -> list[str]:
         )
     distributed.wait()
     if distributed.rank() == 0:
+        _sweep(out)
         write_text(log, "".join(f"{line}\n" for line in kept))
     notes = [damage] if damage else []
+    left = "nothing is left to do" if run.step == run.steps else f"{run.steps - run.step} to go"
+    notes.append(f"resumed after step {run.step} of {run.steps}, {left}")
     if differences:
         notes.append(f"resumed, but not to the bit: {', '.join(differences)}")
     return notes
@@ -346,15 +372,25 @@ def _describe(data: Any) -> str:
 
 
 def _device(name: str) -> torch.device:
-    # Training on MPS is untried, so it is only used when asked for by name.
-    untold = "cuda" if torch.cuda.is_available() else "cpu"
-    return find_device(untold if name == "auto" else name)
+    """The device of this process: under torchrun each has a GPU of its own."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("mps"):
+        raise RecipeError("Training needs double precision, which mps has not; use --device cpu.")
+    if name.startswith("cuda") and distributed.launched() > 1:
+        if name != "cuda":
+            raise RecipeError(
+                f"Under torchrun each process takes its own GPU: not {name}, but cuda."
+            )
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return find_device(name)
 
 
 def _workers(asked: int | None) -> int:
     if asked is not None:
         return asked
-    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4
+    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _bar(run: Run, progress: bool) -> tqdm[Any]:
@@ -377,15 +413,46 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+class _Stopped(threading.Event):
+    """Set by a signal; `interrupted` where it was Ctrl-C."""
+
+    interrupted = False
+
+    def handle(self, number: int, _frame: Any) -> None:
+        """The handler: a second Ctrl-C does not wait for the update to end."""
+        self.interrupted = number == signal.SIGINT
+        if self.is_set() and self.interrupted:
+            raise KeyboardInterrupt
+        self.set()
+
+
 @contextmanager
-def _sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets; outside the main thread signals cannot be caught."""
-    event = threading.Event()
+def _signals() -> Iterator[_Stopped]:
+    """An event that SIGTERM and Ctrl-C set; outside the main thread they cannot be caught."""
+    stopped = _Stopped()
     if threading.current_thread() is not threading.main_thread():
-        yield event
+        yield stopped
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    caught = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, stopped.handle) for number in caught]
     try:
-        yield event
+        yield stopped
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(caught, before, strict=True):
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep other runs out of a directory; raises ResultError where one is at work in it."""
+    if distributed.rank() > 0:
+        yield
+        return
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise ResultError(f"Another run is at work in {out}; wait for it or stop it.") from error
+    finally:
+        os.close(folder)

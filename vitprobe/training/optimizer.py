@@ -24,7 +24,8 @@ class OptimizerConfig:
     warmup_epochs: epochs of linear warm-up; may be a fraction.
     layer_decay: factor of the rate from one block to the block below it (Clark et al. 2020; Bao et
         al. 2022, "BEiT"); 1 for none.
-    clip: largest norm of the whole gradient, which is scaled down to it; 0 for none.
+    clip: largest norm of each parameter's gradient, which is scaled down to it, as DINO's code
+        does; 0 for none.
     """
 
     lr: float

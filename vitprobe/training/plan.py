@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitprobe.data.labelled import load_labelled
-from vitprobe.errors import DataError
-from vitprobe.training.methods import Batch, Method
+from vitprobe.errors import CheckpointError, DataError, RecipeError, SourceError
+from vitprobe.training.methods import METHODS, Batch, Method
 from vitprobe.training.randomness import Draws
 from vitprobe.training.recipe import Recipe, load_recipe
 from vitprobe.training.run import build_method
@@ -34,6 +34,7 @@ class Plan:
     frozen_parameters: of momentum encoders and teachers.
     flops: of one image, forward and backward and of all its views (a multiply-add counts two).
     activations: bytes an image kept for the gradient.
+    notes: what the figures leave out.
     memory: bytes for weights, optimiser and activations of one process; an estimate.
     """
 
@@ -46,6 +47,7 @@ class Plan:
     flops: float
     activations: float
     memory: int
+    notes: tuple[str, ...] = ()
 
     @property
     def steps_per_epoch(self) -> int | None:
@@ -66,10 +68,14 @@ class Plan:
             "parameters": f"{self.encoder_parameters / 1e6:.2f} M in the encoder, "
             f"{self.trained_parameters / 1e6:.2f} M trained, "
             f"{self.frozen_parameters / 1e6:.2f} M frozen",
+            "learning rate": f"{self.recipe.optimizer.lr * self.recipe.batch_size / 256:.3g}, as "
+            "optimizer.lr is for 256 images",
             "FLOPs per image": f"{self.flops / 1e9:.3g} G, forward and backward",
-            "memory": f"about {self.memory / 2**30:.2g} GiB for a batch of "
-            f"{self.recipe.batch_size // self.recipe.accumulate}",
+            "memory": f"about {self.memory / 2**30:.2f} GiB for a batch of "
+            f"{self.recipe.batch_size // self.recipe.accumulate}"
+            + (", less as blocks are recomputed" if self.recipe.recompute else ""),
         }
+        figures |= {f"note {i + 1}": note for i, note in enumerate(self.notes)}
         return "\n".join(
             [self.recipe.to_toml(), *(f"# {name}: {value}" for name, value in figures.items())]
         )
@@ -87,12 +93,19 @@ def plan(
     """
     resolved = load_recipe(recipe, data=data, overrides=overrides)
     images, classes, problem = None, 1000, ""
+    notes: list[str] = []
     try:
         labelled = load_labelled(resolved.data, channels=resolved.encoder.channels)
         images, classes = len(labelled.train), len(labelled.classes)
     except DataError as error:
         problem = str(error)
-    method = build_method(resolved, classes).train()
+    if images is not None and METHODS[resolved.method.name].needs_labels and not classes:
+        raise RecipeError(f"{resolved.method.name} needs labels, and {resolved.data!r} has none.")
+    try:
+        method = build_method(resolved, classes).train()
+    except (CheckpointError, SourceError) as error:
+        notes.append(f"the teacher is left out of the figures: {error}")
+        method = build_method(replace(resolved, distill=None), classes).train()
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
     frozen = _frozen(method)
     parts = resolved.batch_size // resolved.accumulate
@@ -106,6 +119,7 @@ def plan(
         frozen_parameters=frozen,
         flops=_flops(method, resolved),
         activations=activations,
+        notes=tuple(notes),
         memory=int(_BYTES_TRAINED * trained + _BYTES_FROZEN * frozen + activations * parts),
     )
 

@@ -34,8 +34,7 @@ class Recipe:
     distill: a teacher, and what of it the method learns besides; none by default.
     accumulate: parts of a batch that are computed one after the other, to need less memory.
     precision: of activations; "auto" is bf16 on CUDA and fp32 elsewhere. Weights are fp32.
-    compile: transformer blocks through torch.compile, "graphs" with CUDA graphs; "auto" is "blocks"
-        on CUDA and "off" elsewhere.
+    compile: transformer blocks through torch.compile; "auto" is "blocks" on CUDA, "off" elsewhere.
     recompute: forget activations inside each block and compute them again for the gradient.
     threads: of torch on the CPU, 0 for as many as it chooses. Sums depend on it to the last bit, so
         a recipe that must give the same numbers on every machine names it.
@@ -57,7 +56,7 @@ class Recipe:
     seed: int = 0
     accumulate: int = 1
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    compile: Literal["auto", "off", "blocks", "graphs"] = "auto"
+    compile: Literal["auto", "off", "blocks"] = "auto"
     recompute: bool = False
     threads: int = 0
     save_every: int = 1
@@ -138,7 +137,8 @@ def _toml(value: Any) -> str:
         return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value)
+    # TOML knows no surrogate pairs, and JSON leaves the delete character as it is.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def load_recipe(
@@ -195,6 +195,7 @@ def _locate(recipe: str, folder: Path) -> Traversable:
 
 
 def _read(file: Traversable, inheritors: tuple[str, ...]) -> dict[str, Any]:
+    file = file.resolve() if isinstance(file, Path) else file
     if str(file) in inheritors:
         raise RecipeError(f"Recipe {file} inherits itself.")
     try:

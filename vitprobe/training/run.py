@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from vitprobe.data.labelled import Arrays, Files, Labelled
 from vitprobe.errors import RecipeError
@@ -81,7 +82,7 @@ class Run:
         self._latest = self._sums
         # The first update that was not finite: its number, loss and terms; -1 while there is none.
         self._fault = torch.full((1,), -1.0, dtype=torch.float64, device=device)
-        self._clock, self._clock_step = time.perf_counter(), 0
+        self._clock, self._clock_step = 0.0, -1
 
     def _check(self, data: Labelled) -> None:
         recipe, processes = self.recipe, distributed.world_size()
@@ -94,6 +95,18 @@ class Run:
             raise RecipeError(
                 f"batch_size {recipe.batch_size} must be a multiple of {processes} processes x "
                 f"accumulate {recipe.accumulate}."
+            )
+        least = METHODS[recipe.method.name].least_batch
+        if recipe.batch_size < least:
+            raise RecipeError(
+                f"{recipe.method.name} tells the images of a batch apart, so batch_size must be at "
+                f"least {least}, not {recipe.batch_size}."
+            )
+        share = recipe.batch_size // (processes * recipe.accumulate)
+        if share % 2 and any(getattr(recipe.method, k, 0) for k in ("mixup", "cutmix")):
+            raise RecipeError(
+                f"mixup and cutmix mix pairs of images, but each process works on {share} at a "
+                "time; choose a batch_size that leaves an even number."
             )
         if data.train.labels is None and METHODS[recipe.method.name].needs_labels:
             raise RecipeError(
@@ -134,11 +147,10 @@ class Run:
         On the CPU that is raised at once, elsewhere by `check`.
         """
         moment = self.moment
+        if self._clock_step < 0:
+            self._clock, self._clock_step = time.perf_counter(), self.step
         if self._batches is None:
             self._batches = self._epoch_from(self.step % self.steps_per_epoch)
-        if self.recipe.encoder.drop_path:
-            # Stochastic depth draws from torch's generator, and a resumed run must draw the same.
-            torch.manual_seed((self.recipe.seed * 1_000_003 + self.step) % 2**63)
         self._set_rates(moment)
         self.method.before_step(moment)
         terms = self.engine.gradients(self._batches)
@@ -173,14 +185,17 @@ class Run:
             group["weight_decay"] = decay if group["decayed"] else 0.0
 
     def _clip(self) -> Tensor:
-        """The norm of the whole gradient, which is scaled down to the recipe's largest."""
+        """Scale each parameter's gradient down to the recipe's norm; of all, the norm before."""
         gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norms = [
+            norm.full_tensor() if isinstance(norm, DTensor) else norm
+            for norm in torch._foreach_norm(gradients)
+        ]
         if self.recipe.optimizer.clip:
-            factor = (self.recipe.optimizer.clip / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(gradients, factor)
-        return norm
+            factors = [(self.recipe.optimizer.clip / (norm + 1e-6)).clamp(max=1) for norm in norms]
+            for gradient, factor in zip(gradients, factors, strict=True):
+                gradient.mul_(factor)
+        return torch.stack(norms).norm()
 
     def _record(self, terms: Mapping[str, Tensor]) -> None:
         """Add to the epoch's sums, and have the optimiser skip an update that is not finite.
@@ -254,8 +269,9 @@ class Run:
         if self._test is None or len(self._test) == 0:
             return {}
         with self.engine.evaluating() as method:
-            scores = method.evaluate(self._test.plain())
-            if self.recipe.knn and self._train.labels is not None:
+            scores = {} if self._test.labels is None else method.evaluate(self._test.plain())
+            labelled = self._train.labels is not None and self._test.labels is not None
+            if self.recipe.knn and labelled:
                 chosen = epoch_order(0, 0, len(self._train), torch.device("cpu"))[:_KNN_IMAGES]
                 bank, bank_labels = _features(method, self._train, chosen)
                 features, labels = _features(method, self._test, None)
@@ -278,6 +294,7 @@ class Run:
             "step": self.step,
             "recipe": self.recipe.to_dict(),
             "data": self.fingerprint,
+            "teacher": self.method.teacher_sha256,
             "execution": asdict(self.engine.execution),
             "names": self._names,
             "sums": self._sums,
@@ -300,6 +317,11 @@ class Run:
                 f"The images of {self.recipe.data!r} are not those this run was started with; put "
                 "them back, or start again with force."
             )
+        if state["teacher"] != self.method.teacher_sha256:
+            raise RecipeError(
+                "The teacher's weights are not those this run was started with; put them back, or "
+                "start again with force."
+            )
         if not isinstance(state["step"], int) or not 0 <= state["step"] <= self.steps:
             raise ValueError(state["step"])
         if not all(torch.isfinite(tensor).all() for tensor in state["method"].values()):
@@ -312,7 +334,7 @@ class Run:
         self.engine.restore(state, self.optimizer)
         self._names = list(state["names"])
         self._sums = state["sums"].to(self.device)
-        self.step = self._clock_step = state["step"]
+        self.step = state["step"]
         return self.engine.execution.differences(state["execution"])
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import zipfile
 from pathlib import Path
@@ -31,14 +32,16 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     """
     try:
         with replacing(path) as partial:
+            # torch hides why a write to a file failed; one to memory does not fail.
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
             with partial.open("wb") as file:
-                torch.save(state, file)
+                file.write(buffer.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
             if path.exists():
                 path.replace(previous(path))
-    except (ResultError, RuntimeError) as error:
-        # torch reports a write that fails midway, as on a full disk, as a RuntimeError.
+    except ResultError as error:
         raise ResultError(
             f"Could not write the training state {path}: {error}"
             + ("; the one before is intact." if path.exists() else ".")

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vitprobe.errors import RecipeError
-from vitprobe.training.encoder import EncoderConfig, encode
+from vitprobe.training.encoder import EncoderConfig, StochasticDepth, encode
 from vitprobe.training.randomness import Draws
 
 
@@ -71,6 +71,8 @@ class Method(nn.Module, ABC):
     accumulation_changes: ClassVar[str] = ""
     """Why gradients summed over parts of a batch are not those of the whole; "" where they are."""
     needs_labels: ClassVar[bool] = False
+    least_batch: ClassVar[int] = 1
+    """Fewest images, over all processes, that a loss can be taken of."""
 
     encoder: VisionTransformer
 
@@ -91,6 +93,11 @@ class Method(nn.Module, ABC):
             )
 
     @property
+    def teacher_sha256(self) -> str | None:
+        """Of the weights of a teacher; None without one."""
+        return None
+
+    @property
     def final_encoder(self) -> VisionTransformer:
         """The encoder that a run leaves behind: the one that is trained, unless a method says."""
         return self.encoder
@@ -100,7 +107,10 @@ class Method(nn.Module, ABC):
         """The scalar to minimise, and further scalars worth logging, by name."""
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """`loss`, under the name that torch's wrappers for several processes call."""
+        """`loss`, with the batch's stochastic depth, as torch's wrappers of modules call it."""
+        for module in self.modules():
+            if isinstance(module, StochasticDepth):
+                module.draws = batch.draws
         return self.loss(batch)
 
     def encode(self, images: Tensor, visible: Tensor | None = None) -> Tensor:

@@ -6,8 +6,9 @@ and teacher, before the softmax and with the row and column of the class token, 
 convolution from the student's heads to the teacher's. Under MAE the teacher is given the same
 visible patches, and no decoder.
 
-Hidden states: the mean squared error between the residual streams, through a linear adapter (an
-ablation of the same paper).
+Hidden states: the mean squared error between the residual streams, through a linear adapter without
+bias. The paper's ablation compares the inputs of the blocks after their norms, and where several
+layers are distilled, attention or hidden, its code adds up what is averaged here.
 
 Logits: hard, the cross-entropy with the class the teacher says (Touvron et al., "Training
 data-efficient image transformers & distillation through attention", ICML 2021, equation 3), or soft
@@ -16,6 +17,7 @@ data-efficient image transformers & distillation through attention", ICML 2021, 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -239,28 +241,22 @@ class Distilled(Method):
         return self.inner.final_encoder
 
     @property
-    def accumulation_changes(self) -> str:  # type: ignore[override]
-        """The method's own."""
-        return self.inner.accumulation_changes
-
-    @property
-    def needs_labels(self) -> bool:  # type: ignore[override]
-        """The method's own; what the teacher says needs none."""
-        return self.inner.needs_labels
-
-    @property
-    def teacher_sha256(self) -> str | None:
-        """Of the teacher's checkpoint file; None for one that was not read from a file."""
+    def teacher_sha256(self) -> str:
+        """Of the teacher's checkpoint file, or of its weights where there was no file."""
+        if self.teacher.sha256 is None:
+            digest = hashlib.sha256()
+            for tensor in self.teacher.module.state_dict().values():
+                digest.update(tensor.detach().cpu().contiguous().numpy().data)
+            self.teacher.sha256 = digest.hexdigest()
         return self.teacher.sha256
 
-    def check_views(self, sizes: Sequence[int], encoder: EncoderConfig) -> None:  # type: ignore[override]
-        """As the method's own."""
-        self.inner.check_views(sizes, encoder)
-
     def heard_modules(self) -> set[nn.Module]:
-        """The attention of the distilled blocks: compiled, it could not be heard."""
-        paths = self._student.anatomy.attentions
-        return {self.encoder.get_submodule(paths[own]) for own, _ in self._blocks}
+        """The distilled attention, and the blocks beside distilled states: compiled or run twice,
+        they could not be heard."""
+        anatomy = self._student.anatomy
+        paths = [anatomy.attentions[own] for own, _ in self._blocks]
+        paths += [anatomy.blocks[max(own - 1, 0)] for own, _ in self._states]
+        return {self.encoder.get_submodule(path) for path in paths}
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The total above; logs the method's own terms and each "distill_" term, unweighted.
@@ -450,14 +446,12 @@ def _adapter(config: DistillConfig, what: str, own: int, theirs: int) -> nn.Modu
     if what == "heads":
         adapter = nn.Conv2d(own, theirs, kernel_size=1, bias=False)
     else:
-        adapter = nn.Linear(own, theirs)
+        adapter = nn.Linear(own, theirs, bias=False)
     weight = adapter.weight.detach().view(theirs, own)
     if own == theirs:
         nn.init.eye_(weight)
     else:
         nn.init.orthogonal_(weight)
-    if adapter.bias is not None:
-        nn.init.zeros_(adapter.bias)
     return adapter
 
 

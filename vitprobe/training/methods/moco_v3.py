@@ -55,6 +55,7 @@ class MoCoV3(Method):
 
     Config = MoCoV3Config
     config: MoCoV3Config
+    least_batch = 2
     accumulation_changes = "its negatives and its batch norm look across the whole batch"
 
     def __init__(self, config: MoCoV3Config, encoder: EncoderConfig, classes: int) -> None:

@@ -9,8 +9,9 @@ from copy import deepcopy
 from typing import TypeVar
 
 import torch
-from timm.layers import DropPath
 from torch import nn
+
+from vitprobe.training.encoder import StochasticDepth
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -19,9 +20,9 @@ def momentum_copy(model: AnyModule) -> AnyModule:
     """A copy that starts equal, requires no gradient and always runs its whole depth."""
     copy = deepcopy(model).requires_grad_(False)
     for module in copy.modules():
-        if isinstance(module, DropPath):
-            # Stochastic depth regularises what is trained; the copy's output is a target.
-            module.drop_prob = 0.0
+        if isinstance(module, StochasticDepth):
+            # It regularises what is trained; the copy's output is a target.
+            module.rate = 0.0
     return copy
 
 
