@@ -329,3 +329,53 @@ def test_force_on_a_folder_that_is_no_report_is_refused_before_the_work(
         )
         assert (status, err.count("\n")) == (2, 1), err
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "precious"
+
+
+SMALL = ("encoder.width=16", "encoder.depth=2", "encoder.heads=2", "epochs=1", "batch_size=256")
+
+
+def test_pretrain_runs_and_export(run, tmp_path):
+    status, out, err = run("pretrain", "digits_mae", "--out", "runs/a", "--set", *SMALL)
+    assert (status, out) == (0, "runs/a/encoder.safetensors\n"), err
+    assert "live on cpu: augmented there" in err
+    status, out, err = run("runs", "runs", "--out", "curves.pdf")
+    assert status == 0, err
+    assert out.endswith("curves.pdf\n")
+    assert {f"curves.{kind}" for kind in ("pdf", "svg", "png")} <= set(os.listdir(tmp_path))
+    status, _, err = run("runs", "runs", "--out", "curves.jpg")
+    assert status == 2
+    assert "curves are drawn as .pdf" in err
+    status, out, err = run("export", "run:runs/a", "--to", "timm", "--out", "exported")
+    assert (status, out) == (0, "exported\n"), err
+    assert {"config.json", "model.safetensors"} <= set(os.listdir(tmp_path / "exported"))
+    status, _, err = run("export", "run:runs/a", "--to", "timm", "--out", "exported")
+    assert (status, err.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize("recipe", ["digits_mocov3", "digits_dmae"])
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(run, recipe, tmp_path):
+    status, out, _ = run("pretrain", recipe, "--dry-run", "--set", "batch_size=32", "epochs=2")
+    assert status == 0
+    assert "# steps: 88 (2 epochs x 44)" in out
+    for figure in ("parameters", "learning rate", "FLOPs per image", "memory"):
+        assert f"# {figure}: " in out
+    assert ("the teacher is left out" in out) == (recipe == "digits_dmae")
+    assert left_behind(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("digits_mae",), "give --out"),
+        (("digits_mae", "--out", "x", "--set", "epochs=1", "--set", "seed=1"), "after one --set"),
+        (("digits_mae", "--out", "x", "--sharded"), "Sharding needs several processes"),
+        (("digits_mae", "--out", "x", "--device", "mps"), "use --device cpu"),
+        (("digits_mocov3", "--out", "x", "--set", "batch_size=1"), "batch_size must be at least 2"),
+        (("digits_mocov3", "--out", "x", "--set", "accumulate=2"), "accumulate must be 1"),
+    ],
+)
+def test_what_pretrain_cannot_do_is_one_line(run, arguments, message, tmp_path):
+    status, _, err = run("pretrain", *arguments)
+    assert (status, err.count("\n")) == (2, 1)
+    assert message in err
+    assert left_behind(tmp_path) == []

@@ -251,6 +251,8 @@ class Runs:
 
         stem = self.out
         if stem is not None:
+            if stem.suffix not in ("", ".pdf", ".svg", ".png"):
+                raise ResultError(f"'{stem}': curves are drawn as .pdf, .svg and .png; name one")
             stem = stem.with_suffix("") if stem.suffix in (".pdf", ".svg", ".png") else stem
             for kind in ("pdf", "svg", "png"):
                 check_output(stem.with_name(f"{stem.name}.{kind}"), self.force)
