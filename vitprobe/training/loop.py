@@ -387,6 +387,8 @@ def _device(name: str) -> torch.device:
 
 
 def _workers(asked: int | None) -> int:
+    if asked is not None and asked < 0:
+        raise RecipeError(f"workers must be at least 0, not {asked}.")
     if asked is not None:
         return asked
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4
