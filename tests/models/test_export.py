@@ -164,7 +164,7 @@ def test_an_epsilon_that_timm_cannot_say_is_refused(tmp_path: Path, file: Any) -
 def test_a_model_that_timm_would_make_otherwise_is_refused(
     tmp_path: Path, file: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = vp.models.export._arguments  # type: ignore[attr-defined]
+    arguments = vp.models.export._arguments
 
     def forgetful(module: VisionTransformer) -> Any:
         stated, unusual = arguments(module)
@@ -285,7 +285,7 @@ def test_weights_are_safetensors_and_nothing_else_is_left(tmp_path: Path, file: 
         ("timm", {"config.json", "model.safetensors"}),
         ("hf", {"config.json", "model.safetensors", "preprocessor_config.json"}),
     ):
-        out = export(spec, to, tmp_path / "deep" / to)  # type: ignore[arg-type]
+        out = export(spec, to, tmp_path / "deep" / to)
         assert {path.name for path in out.iterdir()} == names
         with safe_open(out / "model.safetensors", "pt") as weights:
             assert weights.metadata()["format"] == "pt"
@@ -318,6 +318,6 @@ def test_assumed_heads_are_said(tmp_path: Path, tiny: Build) -> None:
 
 def test_other_formats_and_other_models_are_refused(tmp_path: Path, file: Any) -> None:
     with pytest.raises(ResultError, match="'onnx' is no format to export to"):
-        export(file()[0], "onnx", tmp_path / "out")  # type: ignore[arg-type]
+        export(file()[0], "onnx", tmp_path / "out")
     with pytest.raises(SourceError, match="no plain Vision Transformer"):
         export("init:vit_base_patch16_clip_quickgelu_224", "hf", tmp_path / "out")

@@ -291,7 +291,7 @@ def test_arrays_too_large_for_a_device_stay_on_the_host(monkeypatch):
     assert "0 MB is more than the 0 MB to be had on meta" in feed.path
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("count", [0, 2])
 def test_on_a_gpu(files, count):
     cuda = torch.device("cuda")

@@ -98,7 +98,8 @@ def pretrain(
         DataError: its data cannot be read.
         ResultError: `out` exists (without `force` or `resume`) or cannot be written.
         CheckpointError: a state that cannot be resumed from.
-        Terminated: see there.
+        CaptureError: a distilled layer cannot be heard.
+        Terminated, KeyboardInterrupt: SIGTERM or Ctrl-C arrived; the state was saved.
     """
     out = Path(out)
     source = data if data is None or isinstance(data, str | Path) else str(_describe(data))

@@ -239,7 +239,7 @@ def gradients(method: Distilled) -> dict[str, Tensor]:
         loss, terms = inner(given)
         return loss.detach(), terms
 
-    method.inner.loss = muted  # type: ignore[method-assign]
+    method.inner.loss = muted
     loss, _ = method.loss(batch())
     loss.backward()
     return {
@@ -324,7 +324,7 @@ def test_the_methods_own_output_is_bit_identical() -> None:
     method = Distilled(config(attention=1.0, hidden=1.0), inner, ENCODER, teacher())
     kept: list[Tensor] = []
     own = inner.loss
-    inner.loss = lambda given: kept.append(own(given)[0]) or (kept[0], {})  # type: ignore[method-assign, func-returns-value]
+    inner.loss = lambda given: kept.append(own(given)[0]) or (kept[0], {})
     method.loss(batch())
     assert torch.equal(kept[0], loss)
     kept[0].backward()
@@ -393,7 +393,7 @@ def test_losses_are_averaged_over_the_calls_that_are_heard() -> None:
 def test_a_loss_that_encodes_nothing_whole_is_refused() -> None:
     method = Distilled(config(attention=1.0), Several(), ENCODER, teacher())
     draws = Draws(0, 0, torch.arange(4))
-    method.inner.loss = lambda given: (method.inner.encode(given.views[0]).sum(), {})  # type: ignore[method-assign]
+    method.inner.loss = lambda given: (method.inner.encode(given.views[0]).sum(), {})
     small = Batch((torch.randn(4, 1, 4, 4),), torch.zeros(4), draws)
     with pytest.raises(CaptureError, match="'several' encoded no image of 8 pixels"):
         method.loss(small)
