@@ -1,16 +1,22 @@
 from __future__ import annotations
 
+import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.spatial.distance import cdist, pdist
 
 from vitprobe.errors import MeasureError
-from vitprobe.measures import CKA, FirstDirectionShare, cka
-from vitprobe.measures.cka import centered_gram, u_center
+from vitprobe.measures.cka import CKA, CKARBF, cka
+from vitprobe.measures.exact_cka import ExactCKA
+from vitprobe.measures.gram import u_center
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "cka.json"
 
 
 def features(n=40, p=17, q=23, seed=0):
@@ -109,7 +115,8 @@ def test_any_shape(n, p, q, seed):
         (np.ones((5, 2)), np.zeros((4, 2)), {}, "x has 5 images and y has 4"),
         (np.eye(3), np.eye(3), {}, "unbiased CKA needs at least 4 images in a block, got 3"),
         (np.ones((5, 2)), np.eye(5), {}, "x is constant over the images"),
-        (np.eye(5), np.full((5, 2), np.nan), {}, "y holds NaN or infinite features"),
+        (np.diff(np.eye(6)), np.full((6, 2), np.nan), {}, "y holds NaN or infinite features"),
+        (np.eye(5), np.eye(5), {}, "images of x are all alike but for one, or all orthogonal"),
         (np.ones(5), np.eye(5), {}, r"x has shape \(5,\)"),
         (np.eye(5), np.eye(5), {"kernel": "cosine"}, "unknown CKA kernel 'cosine'"),
         (np.eye(5), np.eye(5), {"estimator": "mle"}, "unknown CKA estimator 'mle'"),
@@ -133,10 +140,10 @@ def layers(n=70, seed=0):
     ]
 
 
-def streamed(parts, estimator="unbiased"):
+def streamed(parts, estimator="unbiased", first=0):
     measure = CKA(len(parts[0]), estimator)
     for part in parts:
-        measure.update(part)
+        measure.update(part, first + measure.images)
     return measure
 
 
@@ -154,16 +161,17 @@ def test_one_block_is_the_full_batch(estimator):
             assert value[i, j] == pytest.approx(cka(x, y, estimator=estimator), abs=1e-12)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(cut=st.integers(1, 4), seed=st.integers(0, 50))
 def test_merging_any_split_gives_the_same_sums(cut, seed):
     parts = blocks(layers(seed=seed), [14] * 5)
     whole = streamed(parts)
-    left, right = streamed(parts[:cut]), streamed(parts[cut:])
+    left, right = streamed(parts[:cut]), streamed(parts[cut:], first=14 * cut)
     left.merge(right)
-    for name in ("products", "squares", "cross", "selves"):
-        torch.testing.assert_close(getattr(left, name), getattr(whole, name), rtol=1e-13, atol=0)
-    assert (left.images, left.blocks) == (whole.images, whole.blocks) == (70, 5)
+    for name, state in vars(whole).items():
+        if isinstance(state, torch.Tensor):
+            torch.testing.assert_close(getattr(left, name), state, rtol=1e-12, atol=1e-9)
+    assert (left.images, left.blocks, left.pairs) == (70, 5, 5 * 14 * 11)
 
 
 def test_ragged_blocks_weigh_n_times_n_minus_3():
@@ -181,47 +189,284 @@ def test_ragged_blocks_weigh_n_times_n_minus_3():
         assert value[i, j] == pytest.approx(h / np.sqrt(hsic[i, i] * hsic[j, j]), abs=1e-12)
 
 
-def test_standard_error_is_the_root_mean_square_influence():
+KINDS = ("linear", "rbf", "exact")
+
+
+def in_one_block(kind, xs, **options):
+    """CKA of features by each of the streaming classes: (layers, layers)."""
+    if kind == "exact":
+        whole = ExactCKA([x.flatten(1).shape[1] for x in xs], **options)
+        whole.update([x.flatten(1) for x in xs])
+        return whole.compute()
+    measure = (CKARBF if kind == "rbf" else CKA)(len(xs), **options)
+    measure.update(xs)
+    return measure.compute().value
+
+
+@pytest.mark.parametrize("estimator", ["unbiased", "biased"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n", "p", "q"), [(4, 3, 9), (12, 50, 30), (50, 6, 3), (40, 39, 41)])
+@pytest.mark.parametrize("scale", [1e-4, 1, 1e4])
+def test_one_block_is_the_pure_function_for_any_shape_and_scale(kind, estimator, n, p, q, scale):
+    x, y = (torch.from_numpy(side) for side in features(n, max(p, 5), q))
+    x = scale * x[:, :p]
+    kernel = "rbf" if kind == "rbf" else "linear"
+    expected = cka(x / scale, y, kernel=kernel, estimator=estimator)
+    value = in_one_block(kind, [x, y], estimator=estimator)
+    assert value.diagonal().tolist() == [1, 1]
+    assert value[0, 1] == value[1, 0] == pytest.approx(expected, abs=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_that_are_there_twice_count_twice(kind):
+    xs = [x[torch.arange(70) % 35] for x in layers()]
+    kernel = "rbf" if kind == "rbf" else "linear"
+    expected = cka(xs[0], xs[1], kernel=kernel)
+    assert in_one_block(kind, xs)[0, 1] == pytest.approx(expected, abs=1e-10)
+    assert expected > cka(xs[0][:35], xs[1][:35], kernel=kernel) + 0.01
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_negative_value_stays_negative(kind):
+    x, y = (torch.from_numpy(side) for side in features(6, 40, 40, seed=1))
+    value = in_one_block(kind, [x, y[torch.tensor([3, 0, 5, 1, 2, 4])]])
+    assert value[0, 1] < -0.01
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fewer_than_four_images_are_refused(kind):
+    few = [x[:3] for x in layers()]
+    with pytest.raises(MeasureError, match=r"unbiased CKA needs at least 4 images.*, got 3"):
+        in_one_block(kind, few)
+    assert in_one_block(kind, few, estimator="biased")[0, 1] > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_constant_layers_are_undefined_and_leave_the_others_alone(kind, dtype):
+    xs = [x.to(dtype) for x in layers()]
+    generator = torch.Generator().manual_seed(0)
+    constant = torch.rand(5, generator=generator, dtype=dtype).expand(70, 5)
+    rounding = 1 + torch.finfo(dtype).eps * torch.randint(-1, 2, (70, 5), generator=generator)
+    value = in_one_block(kind, [*xs, constant, constant * rounding])
+    assert value[3:].isnan().all()
+    assert value[:, 3:].isnan().all()
+    torch.testing.assert_close(value[:3, :3], in_one_block(kind, xs), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["linear", "exact"])
+def test_images_alike_but_for_one_or_all_orthogonal_are_undefined(kind):
+    one = torch.zeros(70, 3, dtype=torch.float64)
+    one[5] = 7
+    orthogonal = torch.diag(torch.arange(1, 71, dtype=torch.float64))
+    value = in_one_block(kind, [layers()[0], 0.3 + one, orthogonal])
+    assert value[1:].isnan().all()
+    assert value[0, 0] == 1
+
+
+def test_reasons_name_the_undefined_layers():
+    xs = [layers()[0], torch.ones(70, 2), torch.arange(70.0)[:, None] // 36]
+    linear, rbf = CKA(3), CKARBF(3)
+    linear.update(xs)
+    rbf.update(xs)
+    assert linear.reasons.keys() == {1}
+    assert linear.reasons[1].startswith("constant over the images")
+    assert rbf.reasons.keys() == {1, 2}
+    assert "the kernel has no width" in rbf.reasons[2]
+    assert rbf.compute().value[2].isnan().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_that_are_not_finite_are_refused_by_layer(kind):
     xs = layers()
-    result = streamed([xs]).compute()
-    n = len(xs[0])
-    centred = [u_center(x @ x.T).numpy() for x in xs]
-    for i in range(3):
-        for j in range(3):
-            g = {
-                key: (centred[key[0]] * centred[key[1]]).sum(1) / (n - 3)
-                for key in ((i, j), (i, i), (j, j))
-            }
-            h = {key: value.mean() for key, value in g.items()}
-            value = h[i, j] / np.sqrt(h[i, i] * h[j, j])
-            psi = value * (2 * g[i, j] / h[i, j] - g[i, i] / h[i, i] - g[j, j] / h[j, j])
-            if i == j:
-                assert np.allclose(psi, 0)
-                assert result.standard_error[i, j].isnan()
-            else:
-                expected = np.sqrt(np.mean(psi**2) / n)
-                assert result.standard_error[i, j] == pytest.approx(expected, rel=1e-9)
+    xs[1][4, 2] = torch.inf
+    with pytest.raises(MeasureError, match="layer 1 holds NaN or infinite features"):
+        in_one_block(kind, xs)
 
 
-def test_standard_error_is_the_spread_over_repeated_draws():
+def permutations(n):
+    return [torch.tensor(order) for order in itertools.permutations(range(n))]
+
+
+@pytest.mark.parametrize("n", [4, 5, 6])
+def test_permuted_products_have_mean_zero_and_a_known_variance(n):
+    x, y = (torch.from_numpy(side) for side in features(n))
+    a, b = u_center(x @ x.T), u_center(y @ y.T)
+    found = torch.stack([(a * b[order][:, order]).sum() for order in permutations(n)])
+    expected = 2 * a.square().sum() * b.square().sum() / (n * (n - 3))
+    assert found.mean() == pytest.approx(0, abs=1e-9 * float(expected.sqrt()))
+    assert found.square().mean() == pytest.approx(float(expected), rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [4, 5])
+def test_the_estimated_variance_of_a_product_is_unbiased_under_permutation(n):
+    x, y = (torch.from_numpy(side) for side in features(n))
+    estimates, products = [], []
+    for order in permutations(n):
+        measure = CKA(2)
+        measure.update([x, y[order]])
+        products.append(measure.products[0, 1])
+        estimates.append(4 * (measure.squares - measure.pair_squares / 2)[0, 1])
+    expected = float(torch.stack(products).square().mean())
+    assert torch.stack(estimates).mean() == pytest.approx(expected, rel=1e-12)
+
+
+def unrelated(n=70):
+    """Layers of one direction each: near 0, where the first-order part is estimated negative."""
+    generator = torch.Generator().manual_seed(3)
+    return list(torch.randn(3, n, 1, generator=generator, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("xs", [layers(), unrelated()], ids=["related", "unrelated"])
+@pytest.mark.parametrize("sizes", [[70], [40, 26, 4]])
+def test_standard_error_is_that_of_the_influences_less_what_pairs_count_twice(sizes, xs):
+    negative = 0
+    result = streamed(blocks(xs, sizes)).compute()
+    centred = [[u_center(x @ x.T).numpy() for x in part] for part in blocks(xs, sizes)]
+    total = sum(np.einsum("anm,bnm->ab", np.stack(part), np.stack(part)) for part in centred)
+    for i, j in itertools.permutations(range(3), 2):
+        value = total[i, j] / np.sqrt(total[i, i] * total[j, j])
+        from_images = from_pairs = 0.0
+        for part in centred:
+            n = len(part[0])
+            phi = value * (
+                2 * part[i] * part[j] / total[i, j]
+                - part[i] ** 2 / total[i, i]
+                - part[j] ** 2 / total[j, j]
+            )
+            from_images += (phi.sum(1) ** 2).sum() * (n - 2) / (n - 3)
+            from_pairs += (phi**2).sum() * (n - 1) / (n - 3)
+        expected = np.sqrt(max(from_images - from_pairs, 0) + from_pairs / 2)
+        assert result.standard_error[i, j] == pytest.approx(expected, rel=1e-9)
+        negative += from_images < from_pairs
+    assert result.standard_error.diagonal().isnan().all()
+    assert result.degrees == 10
+    assert (negative > 0) == (xs[0].shape[1] == 1)
+
+
+@pytest.mark.parametrize("dependence", [0, 1])
+def test_standard_error_is_the_spread_over_repeated_draws(dependence):
     values, errors = [], []
     generator = torch.Generator().manual_seed(0)
-    mixing = torch.randn(6, 8, generator=generator, dtype=torch.float64)
-    for _ in range(200):
-        x = torch.randn(120, 6, generator=generator, dtype=torch.float64)
-        y = x @ mixing + 2 * torch.randn(120, 8, generator=generator, dtype=torch.float64)
-        value, error = streamed(blocks([x, y], [60, 60])).compute()
-        values.append(float(value[0, 1]))
-        errors.append(float(error[0, 1]))
+    mixing = dependence * torch.randn(20, 20, generator=generator, dtype=torch.float64)
+    for _ in range(150):
+        x = torch.randn(100, 20, generator=generator, dtype=torch.float64)
+        y = x @ mixing + 2 * torch.randn(100, 20, generator=generator, dtype=torch.float64)
+        result = streamed(blocks([x, y], [50, 50])).compute()
+        values.append(float(result.value[0, 1]))
+        errors.append(float(result.standard_error[0, 1]))
     assert np.mean(errors) == pytest.approx(np.std(values), rel=0.15)
 
 
-def test_a_constant_layer_is_undefined_and_leaves_the_others_alone():
+@pytest.mark.parametrize("estimator", ["unbiased", "biased"])
+def test_floor_is_the_96th_of_100_permuted_values(estimator):
     xs = layers()
-    constant = torch.full((70, 5), 1 / 3, dtype=torch.float32) * torch.rand(5)
-    value = streamed([[*xs, constant]]).compute().value
-    assert value[3].isnan().all()
-    torch.testing.assert_close(value[:3, :3], streamed([xs]).compute().value, rtol=1e-12, atol=0)
+    measure = CKA(3, estimator)
+    for first, part in zip((0, 30), blocks(xs, [30, 40]), strict=True):
+        measure.update(part, first)
+    generators = [torch.Generator().manual_seed(first) for first in (0, 30)]
+    found = []
+    for _ in range(50):
+        orders = [torch.randperm(n, generator=g) for n, g in zip((30, 40), generators, strict=True)]
+        for way in (orders, [order.argsort() for order in orders]):
+            order = torch.cat([way[0], 30 + way[1]])
+            shuffled = streamed(blocks([xs[0], xs[1][order]], [30, 40]), estimator)
+            found.append(float(shuffled.compute().value[0, 1]))
+    floor = measure.compute().floor
+    assert floor[0, 1] == pytest.approx(sorted(found)[95], abs=1e-6)
+    assert floor[0, 1] == floor[1, 0]
+
+
+def test_floor_depends_on_the_blocks_and_not_on_their_order_or_scale():
+    parts = list(zip((0, 30), blocks(layers(), [30, 40]), strict=True))
+
+    def floor(parts, scale=1.0):
+        measure = CKA(3)
+        for first, part in parts:
+            measure.update([scale * x for x in part], first)
+        return measure.compute().floor
+
+    expected = floor(parts)
+    torch.testing.assert_close(floor(parts[::-1]), expected, rtol=1e-12, atol=0)
+    for scale in (1e-30, 1e-4, 1e4, 1e30):
+        torch.testing.assert_close(floor(parts, scale), expected, rtol=1e-5, atol=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(floor(parts), expected, rtol=1e-6, atol=0)
+    assert (floor([(7, part) for _, part in parts]) - expected).abs().max() > 1e-3
+
+
+def test_independent_layers_exceed_their_floor_one_time_in_twenty():
+    generator = torch.Generator().manual_seed(0)
+    exceeded = []
+    for _ in range(40):
+        xs = [torch.randn(40, 6, generator=generator) for _ in range(10)]
+        result = streamed([xs]).compute()
+        exceeded += (result.value > result.floor)[*torch.triu_indices(10, 10, 1)].tolist()
+    assert 0.03 < np.mean(exceeded) < 0.07
+
+
+def test_uncertainty_of_the_exact_value_counts_all_pairs_of_images():
+    xs = layers()
+    value = in_one_block("exact", xs)
+    whole = streamed([xs]).compute(value)
+    assert torch.equal(whole.value, value)
+    for exact, blocked in zip(whole[1:3], streamed([xs]).compute()[1:3], strict=True):
+        torch.testing.assert_close(exact, blocked, equal_nan=True)
+    parts = streamed(blocks(xs, [30, 40]))
+    ratio = parts.compute(value).floor / parts.compute().floor
+    share = (30 * 27 + 40 * 37) / (70 * 67)
+    torch.testing.assert_close(ratio, torch.full_like(ratio, share**0.5))
+    smaller = parts.compute(value).standard_error < parts.compute().standard_error
+    assert smaller[~torch.eye(3, dtype=bool)].all()
+    biased = streamed([xs], "biased")
+    assert biased.compute(value).floor.isnan().all()
+    assert not biased.compute().floor.isnan().any()
+
+
+def squared_distance(x):
+    return torch.from_numpy(cdist(x, x, "sqeuclidean"))
+
+
+def test_rbf_bandwidths_are_those_of_the_first_block():
+    xs = layers()
+    measure = CKARBF(3)
+    for part in blocks(xs, [40, 30]):
+        measure.update(part)
+    parts = [[], []]
+    for index, (x, block) in enumerate(zip(xs, blocks(xs, [40, 30])[0], strict=True)):
+        variance = np.median(squared_distance(block))
+        assert measure.variances[index] == pytest.approx(variance, rel=1e-12)
+        for which, part in zip(parts, x.split([40, 30]), strict=True):
+            which.append(torch.exp(-squared_distance(part) / (2 * variance)))
+    expected = CKA(3)
+    for grams in parts:
+        expected.update_grams(torch.stack(grams))
+    torch.testing.assert_close(measure.products, expected.products)
+    torch.testing.assert_close(
+        measure.compute().standard_error, expected.compute().standard_error, equal_nan=True
+    )
+
+
+def test_rbf_merges_parts_of_the_same_bandwidths_only():
+    first, second = blocks(layers(), [40, 30])
+    whole, left = CKARBF(3), CKARBF(3)
+    left.update(first)
+    for start, part in zip((0, 40), (first, second), strict=True):
+        whole.update(part, start)
+    right = CKARBF(3, variances=left.variances)
+    right.update(second, 40)
+    left.merge(right)
+    torch.testing.assert_close(left.permuted, whole.permuted, rtol=1e-12, atol=0)
+    assert torch.equal(left.compute().value, whole.compute().value)
+    empty = CKARBF(3)
+    empty.merge(left)
+    assert torch.equal(empty.variances, whole.variances)
+    other = CKARBF(3)
+    other.update(second)
+    with pytest.raises(MeasureError, match="RBF CKA sums of other bandwidths cannot be merged"):
+        whole.merge(other)
+    whole.merge(CKARBF(3))
+    assert whole.images == 70
 
 
 def test_undefined_merges_are_refused():
@@ -229,17 +474,51 @@ def test_undefined_merges_are_refused():
         CKA(2).merge(CKA(3))
 
 
+def streamed_rbf(xs, estimator, variances):
+    measure = CKARBF(2, estimator, torch.tensor(variances, dtype=torch.float64))
+    measure.update(xs)
+    return float(measure.compute().value[0, 1])
+
+
+def reference_values(x, y):
+    """Every CKA, HSIC and RBF value that the reference names, by its name there."""
+    xs = [torch.from_numpy(side.astype(np.float64)) for side in (x, y)]
+    n = len(xs[0])
+    found = {}
+    for estimator, word, divisor in (
+        ("unbiased", "debiased", n * (n - 3)),
+        ("biased", "biased", n),
+    ):
+        found[f"linear_cka_{word}"] = cka(*xs, estimator=estimator)
+        hsic = streamed([xs], estimator).products / divisor
+        for name, pair in (("xx", (0, 0)), ("xy", (0, 1)), ("yy", (1, 1))):
+            found[f"hsic_{estimator}_{name}"] = float(hsic[pair])
+        for t in (0.5, 1.0):
+            name = f"rbf_cka_{word}_allmedian_t{t}"
+            found[name] = cka(*xs, kernel="rbf", estimator=estimator, bandwidth=t)
+            medians = [t**2 * float(np.median(squared_distance(side))) for side in xs]
+            assert streamed_rbf(xs, estimator, medians) == pytest.approx(found[name], abs=1e-12)
+            # The other convention is a bandwidth of its own: distances of different images.
+            medians = [(t * float(np.median(pdist(side)))) ** 2 for side in xs]
+            name = f"rbf_cka_{word}_offdiagmedian_t{t}"
+            found[name] = streamed_rbf(xs, estimator, medians)
+    if n % 16 == 0:
+        value = streamed(blocks(xs, 16)).compute().value[0, 1]
+        found["linear_cka_minibatch16"] = float(value)
+    return found
+
+
+def assert_reference(x, y, expected, key=""):
+    found = reference_values(x, y)
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, abs=1e-9, rel=1e-9), (key, name)
+    return len(expected)
+
+
 def test_golden_values(golden):
-    x, y = (golden["arrays"][key].astype(np.float64) for key in "xy")
-    expected = golden["cka"]
-    assert cka(x, y) == pytest.approx(expected["linear_cka_debiased"], abs=1e-9)
-    assert cka(x, y, estimator="biased") == pytest.approx(expected["linear_cka_biased"], abs=1e-9)
-    assert cka(x, y, kernel="rbf", estimator="biased") == pytest.approx(
-        expected["rbf_cka_biased_allmedian_t1.0"], abs=1e-9
-    )
-    assert cka(x, y, kernel="rbf", bandwidth=0.5) == pytest.approx(
-        expected["rbf_cka_debiased_allmedian_t0.5"], abs=1e-9
-    )
+    expected = json.loads(GOLDEN.read_text())
+    x, y = (golden["arrays"][key] for key in "xy")
+    assert assert_reference(x, y, expected) == 15
 
 
 def test_golden_layers(golden):
@@ -268,6 +547,7 @@ VIEWS = {
 }
 
 
+@pytest.mark.slow
 def test_all_reference_pairs(shared):
     folder = shared / "reference"
     expected = json.loads((folder / "similarity_expected.json").read_text())["pairs"]
@@ -278,34 +558,10 @@ def test_all_reference_pairs(shared):
             x, y = (arrays[f"{base}__{side}"].astype(np.float64) for side in "XY")
             if view:
                 x, y = VIEWS[view](x), VIEWS[view](y)
-            for estimator, word in (("biased", "biased"), ("unbiased", "debiased")):
-                found = {f"linear_cka_{word}": cka(x, y, estimator=estimator)}
-                for t in (0.5, 1.0):
-                    found[f"rbf_cka_{word}_allmedian_t{t}"] = cka(
-                        x, y, kernel="rbf", estimator=estimator, bandwidth=t
-                    )
-                for name, value in found.items():
-                    if name in values:
-                        assert value == pytest.approx(values[name]["value"], abs=1e-9), (key, name)
-                        checked += 1
-            if "linear_cka_minibatch16" in values:
-                parts = blocks([torch.from_numpy(x), torch.from_numpy(y)], 16)
-                value = float(streamed(parts).compute().value[0, 1])
-                assert value == pytest.approx(values["linear_cka_minibatch16"]["value"], abs=1e-9)
-                checked += 1
-    assert checked > 40
-
-
-def test_first_direction_share():
-    generator = torch.Generator().manual_seed(0)
-    line = torch.randn(50, 1, generator=generator) @ torch.randn(1, 8, generator=generator)
-    flat = torch.linalg.qr(torch.randn(50, 50, generator=generator))[0]
-    measure = FirstDirectionShare(3)
-    measure.update_grams(torch.stack([centered_gram(x) for x in (line, flat, torch.ones(50, 2))]))
-    share = measure.compute()
-    assert share[0] == pytest.approx(1, abs=1e-5)
-    assert share[1] == pytest.approx(1 / 49, rel=1e-3)
-    assert share[2].isnan()
-    other = FirstDirectionShare(3)
-    other.merge(measure)
-    assert torch.equal(other.sums, measure.sums)
+            ours = {
+                name: entry["value"]
+                for name, entry in values.items()
+                if name.startswith(("linear_cka", "hsic", "rbf_cka"))
+            }
+            checked += assert_reference(x, y, ours, key)
+    assert checked == 135

@@ -190,6 +190,7 @@ class AttentionTap(AttentionWatch):
                         layer=layer,
                         first_image=self.first_image + images.start,
                         first_query=rows.start,
+                        queries=queries,
                     )
                 )
 

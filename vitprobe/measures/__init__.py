@@ -8,26 +8,65 @@ from vitprobe.measures.attention import (
     RawAttentionDistance,
     SinkMass,
     attention_distance,
+    attention_distance_quantile,
     attention_entropy,
+    class_attention_entropy,
     sink_mass,
 )
-from vitprobe.measures.cka import CKA, FirstDirectionShare, cka
-from vitprobe.measures.registry import MEASURES
-from vitprobe.measures.tokens import select_tokens
+from vitprobe.measures.canonical import canonical_correlations, pwcca, svcca
+from vitprobe.measures.cka import CKA, CKARBF, cka
+from vitprobe.measures.exact_cka import ExactCKA
+from vitprobe.measures.first_direction import FirstDirectionShare
+from vitprobe.measures.heads import attention_nmi, head_divergence
+from vitprobe.measures.neighbours import mutual_knn
+from vitprobe.measures.registry import ALL_MEASURES, MEASURES
+from vitprobe.measures.rollout import attention_rollout
+from vitprobe.measures.rsa import rsa
+from vitprobe.measures.similarity import linear_regression, procrustes
+from vitprobe.measures.tokens import (
+    effective_rank,
+    feature_variance,
+    fourier_log_amplitude,
+    norm_outliers,
+    rankme,
+    select_tokens,
+    token_cosine,
+)
 
 __all__ = [
+    "ALL_MEASURES",
     "CKA",
+    "CKARBF",
     "MEASURES",
     "AllTokensAttentionEntropy",
     "AttentionChunk",
     "AttentionDistance",
     "AttentionEntropy",
+    "ExactCKA",
     "FirstDirectionShare",
     "RawAttentionDistance",
     "SinkMass",
     "attention_distance",
+    "attention_distance_quantile",
     "attention_entropy",
+    "attention_nmi",
+    "attention_rollout",
+    "canonical_correlations",
     "cka",
+    "class_attention_entropy",
+    "effective_rank",
+    "feature_variance",
+    "fourier_log_amplitude",
+    "head_divergence",
+    "linear_regression",
+    "mutual_knn",
+    "norm_outliers",
+    "procrustes",
+    "pwcca",
+    "rankme",
+    "rsa",
     "select_tokens",
     "sink_mass",
+    "svcca",
+    "token_cosine",
 ]

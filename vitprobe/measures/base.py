@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
+
+Group = Literal["similarity", "attention", "tokens"]
+"""What a measure is a number of: two layers, a head of a block, or a layer."""
+Streams = Literal["exact", "blocked", "subset"]
+Invariance = Literal[
+    "orthogonal transformation",
+    "invertible linear transformation",
+    "isotropic scaling",
+    "shift",
+    "order of images",
+    "order of tokens",
+    "order of keys",
+]
+"""What may be done to the input without changing the number. Transformations, scalings and shifts
+are of the features of one layer (of either, in a comparison of two); the order of images is changed
+in both; the order of tokens or keys is changed in every image alike."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +38,23 @@ class Info:
     """One plain sentence for a reader who has not met the measure."""
     formula: str
     source: str
-    invariances: tuple[str, ...]
-    streams: Literal["exact", "blocked", "subset"]
+    invariances: tuple[Invariance, ...]
+    """All that hold, and no other: tests check both."""
+    streams: Streams
     """`exact`: any split of the images gives the same number; `blocked`: the number belongs to the
     block size; `subset`: computed on the first `max_images`."""
+    group: Group
+    interval: str
+    """How its interval is made, and of what the interval is."""
+    null: str
+    """The value without the effect: what independent or untrained models, or uniform attention,
+    would give."""
+    caveats: str
+    """What misleads readers."""
+    elsewhere: str
+    """What others, by name, compute differently under the same name."""
+    bounds: tuple[float, float] = (-math.inf, math.inf)
+    """Between which every value lies, and intervals are cut."""
 
 
 class Measure(ABC):

@@ -1,0 +1,102 @@
+"""Gram matrices of the images of a layer, and how they are centred."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitprobe.errors import MeasureError
+
+
+def centered_gram(features: Tensor) -> Tensor:
+    """Gram matrix of column-centred features.
+
+    Centring first keeps single precision accurate when features share a large mean: an uncentred
+    float32 Gram of features with mean 100 and deviation 1 has lost the deviation's digits.
+
+    Features whose spread over the images is below the rounding of the mean they share (such as the
+    class token before the first block) are constant: their Gram is exactly zero.
+
+    Args:
+        features: (n, ...), flattened to (n, p).
+
+    Returns:
+        (n, n), in the precision of `features` (at least float32).
+    """
+    x = features.flatten(1)
+    x = x if x.dtype == torch.float64 else x.float()
+    mean = x.mean(0)
+    x = x - mean
+    # Under a caller's autocast the product alone would fall to half precision.
+    with torch.autocast(x.device.type, enabled=False):
+        gram = x @ x.T
+    shared = math.sqrt(len(x)) * torch.linalg.vector_norm(mean)
+    if gram.trace().sqrt() <= 4 * torch.finfo(x.dtype).eps * shared:
+        return torch.zeros_like(gram)
+    return gram
+
+
+def rbf_gram(features: Tensor, bandwidth: Literal["median"] | float = "median") -> Tensor:
+    """Gaussian Gram matrix exp(-d^2 / (2 sigma^2)) (Kornblith et al. 2019, section 3).
+
+    sigma^2 is t^2 times the median of all n^2 squared distances, the zero diagonal included.
+
+    Args:
+        features: (n, ...), flattened to (n, p).
+        bandwidth: the fraction t of the median distance; `"median"` is t = 1.
+
+    Returns:
+        (n, n).
+
+    Raises:
+        MeasureError: the median distance is zero, so the kernel has no width.
+    """
+    squared = squared_distances(centered_gram(features))
+    fraction = 1.0 if bandwidth == "median" else float(bandwidth)
+    variance = fraction**2 * median_entry(squared)
+    if not variance > 0:
+        raise MeasureError(
+            "the RBF bandwidth is zero because half of the images or more have identical features; "
+            "use kernel='linear' or give images that differ"
+        )
+    return torch.exp(squared / (-2 * variance))
+
+
+def squared_distances(gram: Tensor) -> Tensor:
+    """Between images, of a centred linear Gram; the diagonal is exactly zero."""
+    norms = gram.diagonal()
+    squared = (norms[:, None] + norms[None, :] - 2 * gram).clamp_min(0)
+    return squared.fill_diagonal_(0)
+
+
+def median_entry(squared: Tensor) -> float:
+    """Median of all entries."""
+    # numpy's is the mean of the two middle values, where torch takes the lower.
+    return float(np.median(squared.cpu().numpy()))
+
+
+def u_center(gram: Tensor) -> Tensor:
+    """U-centred copy of Gram matrices: (..., n, n) in, float64 out; zero diagonal and row sums.
+
+    The inner product of two U-centred Grams is n(n - 3) times the unbiased HSIC (Song et al. 2012).
+    """
+    n = gram.shape[-1]
+    k = gram.double().clone()
+    k.diagonal(dim1=-2, dim2=-1).zero_()
+    means = k.sum(-1) / (n - 2)
+    means -= means.sum(-1, keepdim=True) / (2 * (n - 1))
+    k -= means[..., :, None]
+    k -= means[..., None, :]
+    k.diagonal(dim1=-2, dim2=-1).zero_()
+    return k
+
+
+def h_center(gram: Tensor) -> Tensor:
+    """Doubly centred copy HKH of Gram matrices: (..., n, n) in, float64 out."""
+    k = gram.double()
+    k = k - k.mean(-1, keepdim=True)
+    return k - k.mean(-2, keepdim=True)
