@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import signal
@@ -91,6 +92,58 @@ def test_models_from_a_file(run, checkpoint, photos, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_groups_of_seeds_and_untrained_twins(run, checkpoint, photos, tmp_path):
+    status, out, err = run(
+        "compare",
+        *(f"A={checkpoint},heads=3", "--group", f"G={checkpoint},heads=3,mean=0.5/0.4/0.3,"),
+        *("--images", photos, "--out", "out"),
+    )
+    assert (status, "a spec between two commas is empty" in err) == (2, True)
+    status, out, err = run(
+        "compare",
+        f"A={checkpoint},heads=3",
+        *("--group", f"Seeds={checkpoint},heads=3,mean=0.5/0.4/0.3,init:{checkpoint},heads=3"),
+        *("--group", f"One=init:{checkpoint},seed=2,heads=3", "--random-reference"),
+        *("--measures", "cka,sink_mass,token_cosine", "--max-images", 8),
+        *("--images", photos, "--out", "out"),
+    )
+    assert (status, out) == (0, "out/report.html\n"), err
+    result = vp.open_result(tmp_path / "out" / "results.nc")
+    assert result.groups == {"Seeds": ("Seeds 1", "Seeds 2"), "One": ("One 1",)}
+    assert result.describe("Seeds 1")["mean"] == [0.5, 0.4, 0.3]
+    assert result.describe("Seeds 2")["spec"].startswith("init:")
+    assert result.references == {"A": "A (untrained)", "Seeds 1": "Seeds 1 (untrained)"}
+    assert "note: Group One has one seed" in err
+    assert result.provenance["max_images"] == 8
+
+
+def test_a_dry_run_tells_the_memory_of_kept_features(run, checkpoint, photos, tmp_path):
+    arguments = (f"A={checkpoint},heads=3", "--images", photos, "--out", "out", "--dry-run")
+    status, out, _ = run("compare", *arguments, "--measures", "all", "--random-reference")
+    assert status == 0
+    assert "1 models and untrained twins once; cka, cka_rbf, svcca" in out
+    assert "features of 12 images kept for measures that need them together: " in out
+    assert "GB of memory" in out
+    assert "features of" not in run("compare", *arguments)[1]
+    status, _, err = run("compare", *arguments, "--measures", "svca")
+    assert (status, "Did you mean 'svcca'" in err) == (2, True)
+    assert left_behind(tmp_path) == []
+
+
+def test_a_result_outlives_a_report_that_fails(run, checkpoint, photos, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ValueError("no ink")
+
+    # The package's attribute of that name is the function.
+    monkeypatch.setattr(importlib.import_module("vitprobe.report.folder"), "draw", broken)
+    arguments = (f"A={checkpoint},heads=3", "--images", photos, "--out", "new/out")
+    status, out, err = run("compare", *arguments, "--measures", "sink_mass")
+    assert (status, out) == (1, "")
+    (kept,) = (tmp_path / "new").iterdir()
+    assert f"the report failed; the result is in '{kept}'" in err
+    assert vp.open_result(kept).measures == ("sink_mass",)
+
+
 def test_inspect(run, checkpoint):
     status, out, _ = run("inspect", f"Mine={checkpoint},heads=3")
     assert status == 0
@@ -132,7 +185,7 @@ def truncated(path):
         (truncated, "bad.pth"),
         (poison, "bad.pth"),
         (resnet, "bad.pth"),
-        (nan, r"'A' gives NaN or infinite features in layer 1, block 0"),
+        (nan, r"'A', block 0 of the images: layer 1 gives NaN or infinite features"),
     ],
     ids=["missing", "text", "empty", "truncated", "payload", "resnet", "nan"],
 )
@@ -232,6 +285,20 @@ def test_some_undecodable_images_are_counted_named_and_replaced(run, photos, che
         (["A=nowhere:x", "--images", "photos", "--out", "out"], "nowhere:x"),
         (["A={c},head=3", "--images", "photos", "--out", "out"], "Did you mean 'heads'"),
         (["--images", "photos", "--out", "out"], "no models to compare"),
+        (["--group", "{c}", "--images", "photos", "--out", "out"], "is no NAME=SPEC,SPEC"),
+        (["--group", "G=", "--images", "photos", "--out", "out"], "'G=' is no NAME=SPEC,SPEC"),
+        (
+            ["--group", "G=heads=3,{c}", "--images", "photos", "--out", "out"],
+            "group 'G': 'heads=3' follows no spec",
+        ),
+        (
+            ["--group", "G={c}", "--group", "G={c}", "--images", "photos", "--out", "out"],
+            "group 'G' is given twice",
+        ),
+        (
+            ["G 1={c}", "--group", "G={c}", "--images", "photos", "--out", "out"],
+            "two models are named 'G 1'",
+        ),
         (["A={c}", "heads=3", "--images", "photos", "--out", "out"], "join it to its spec"),
         (["{c}", "--images", "photos", "--out", "out", "--seed", "-1"], "a seed of -1"),
         (["=x", "--images", "photos", "--out", "out"], "no NAME=SPEC"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -8,8 +9,12 @@ import torch
 from models_for_tests import squares, tiny
 
 import vitprobe as vp
+from vitprobe import measures
+from vitprobe.compare import KNOWN, Settings, subset_bytes
 from vitprobe.errors import CaptureError, DataError, MeasureError, VitprobeError
-from vitprobe.measures import attention_distance, attention_entropy, cka
+from vitprobe.measures import MEASURES, attention_distance, attention_entropy, cka
+from vitprobe.measures.gram import centered_gram
+from vitprobe.measures.registry import PER_BLOCK, SUBSET
 
 QUIET = {"progress": False, "device": "cpu"}
 
@@ -137,6 +142,21 @@ def test_every_image_goes_through_every_model_once(pair):
     assert seen == [32, 32, 36]
 
 
+def test_the_first_direction_share_has_its_interval(pair, result):
+    low, high = result.interval("first_direction_share", "a")
+    share = result.first_direction_share("a")
+    assert ((low < share) & (share < high)).all()
+    measure = measures.FirstDirectionShare(4)
+    order = np.random.default_rng(0).permutation(40)
+    features, _ = layers_of(pair[0], squares()[order])
+    measure.update_grams(torch.stack([centered_gram(x) for x in features]))
+    error = result.standard_error("first_direction_share", "a")
+    np.testing.assert_allclose(error, measure.standard_error(), rtol=1e-4)
+    assert share.attrs["degrees"] == 40 / 7
+    sums = result.tree["tokens"]["first_direction_squares"].values[:4]
+    np.testing.assert_allclose(sums, measure.squares, rtol=1e-4)
+
+
 def test_token_policies_and_conventions(pair):
     x = squares()
     patches, mean = (vp.compare(pair, x, ["cka"], tokens=t, **QUIET) for t in ("patches", "mean"))
@@ -151,7 +171,10 @@ def test_a_constant_layer_is_noted(pair):
     found = vp.compare(pair, squares(), ["cka"], tokens="cls", layers="residual", **QUIET)
     assert found.cka("a", "b")[0].isnull().all()
     assert not found.cka("a", "b")[1:, 1:].isnull().any()
-    assert any("a, layer 0: constant over the images under tokens 'cls'" in n for n in found.notes)
+    assert any(
+        re.search("a, layer 0: .* under tokens 'cls', so its CKA is undefined", note)
+        for note in found.notes
+    )
 
 
 def test_biased_over_blocks_is_noted(pair):
@@ -170,7 +193,9 @@ def test_the_gram_stays_in_single_precision_under_bf16(pair, monkeypatch):
     seen = []
     update = vp.measures.CKA.update_grams
     monkeypatch.setattr(
-        vp.measures.CKA, "update_grams", lambda self, g: (seen.append(g.dtype), update(self, g))
+        vp.measures.CKA,
+        "update_grams",
+        lambda self, grams, first: (seen.append(grams.dtype), update(self, grams, first)),
     )
     for batch_size in (None, 16):
         vp.compare(pair, squares(), ["cka"], precision="bf16", batch_size=batch_size, **QUIET)
@@ -235,6 +260,220 @@ def test_a_model_without_a_final_norm_is_noted():
     assert any("bare: no final norm, so its layer 3" in note for note in found.notes)
 
 
+@pytest.fixture(scope="module")
+def everything(pair):
+    return vp.compare(pair, squares(), ["all"], tokens="mean", max_images=30, **QUIET)
+
+
+def test_all_is_everything_there_is(everything):
+    assert sorted(everything.measures) == sorted(KNOWN)
+    assert set(KNOWN) | {"first_direction_share"} == set(MEASURES)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_every_measure_is_reached_by_compare(everything, name):
+    depth, heads = {"a": 3, "b": 2}, {"a": 3, "b": 2}
+    group = MEASURES[name].group
+    assert everything.group_of(name) == group
+    if group == "similarity":
+        value = everything.similarity(name, "a", "b")
+        assert value.shape == everything.floor(name, "a", "b").shape == (4, 3)
+        low, high = everything.interval(name, "a", "b")
+        streams = MEASURES[name].streams
+        assert value.attrs["images"] == (30 if streams == "subset" else 40)
+        inside = (low <= value) & (value <= high)
+        assert (inside | value.isnull()).all()
+    elif group == "attention":
+        for model in ("a", "b"):
+            value = everything.attention(name, model)
+            assert value.shape == (depth[model], 1 if name in PER_BLOCK else heads[model])
+            assert everything.per_image(name, model).shape == (40, *value.shape)
+            assert not value.isnull().any()
+    else:
+        for model in ("a", "b"):
+            value = everything.tokens(name, model)
+            assert value.shape == (depth[model] + 1,)
+            assert not value.isnull().any()
+    assert value.attrs["long_name"] == MEASURES[name].title
+    assert len(everything.to_dataframe(name)) > 0
+
+
+def test_subset_measures_are_the_functions_of_the_first_images(pair, everything):
+    order = np.random.default_rng(0).permutation(40)[:30]
+    x, _ = layers_of(pair[0], squares()[order])
+    for name in SUBSET:
+        function, _, correlation = name.partition("rsa_")
+        function = getattr(measures, function or "rsa")
+        options = {"correlation": correlation} if correlation else {}
+        found = everything.similarity(name, "a", "a")
+        for i, j in ((1, 2), (3, 1)):
+            if math.isnan(found[i, j]):
+                with pytest.raises(MeasureError):
+                    function(x[i].mean(1), x[j].mean(1), **options)
+            else:
+                expected = function(x[i].mean(1), x[j].mean(1), **options)
+                assert float(found[i, j]) == pytest.approx(expected, abs=1e-3), name
+
+
+def test_token_measures_are_the_functions_of_each_image(pair, everything):
+    order = np.random.default_rng(0).permutation(40)
+    x, _ = layers_of(pair[0], squares()[order])
+    for name in ("token_cosine", "effective_rank", "feature_variance", "norm_outliers"):
+        expected = torch.stack([getattr(measures, name)(layer) for layer in x], dim=1)
+        found = everything.per_image(name, "a")
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5, err_msg=name)
+    for layer, value in enumerate(everything.tokens("rankme", "a")):
+        assert float(value) == pytest.approx(measures.rankme(x[layer].mean(1)), rel=1e-4)
+    frequency, curves = measures.fourier_log_amplitude(x[1], grid=(4, 4))
+    found = everything.fourier_curves("a")
+    np.testing.assert_allclose(found["value"][1, : len(frequency)], curves.mean(0), atol=1e-4)
+    np.testing.assert_allclose(found["frequency"][1, : len(frequency)], frequency)
+    np.testing.assert_allclose(
+        everything.per_image("fourier_amplitude", "a")[:, 1], curves[:, -1], atol=1e-4
+    )
+
+
+def test_the_forward_batch_changes_no_measure(pair, everything):
+    options = {"tokens": "mean", "max_images": 30, "batch_size": 7}
+    other = vp.compare(pair, squares(), ["all"], **options, **QUIET)
+    for name in everything.measures:
+        table, again = (found.to_dataframe(name)[name] for found in (everything, other))
+        np.testing.assert_allclose(again, table, rtol=2e-3, atol=1e-4, err_msg=name)
+
+
+def test_cka_of_pooled_tokens_is_exact_over_all_blocks(pair):
+    options = {"block": 32, "tokens": "mean", **QUIET}
+    found = vp.compare(pair, squares(100), ["cka"], **options)
+    order = np.random.default_rng(0).permutation(100)
+    x, _ = layers_of(pair[0], squares(100)[order])
+    expected = cka(x[1].mean(1), x[3].mean(1))
+    assert found.provenance["blocks"] == 3
+    assert found.provenance["cka_value"] == "exact"
+    assert float(found.cka("a", "a")[1, 3]) == pytest.approx(expected, abs=1e-5)
+    blocked = vp.compare(pair, squares(100), ["cka"], estimator="biased", **options)
+    assert blocked.provenance["cka_value"] == "blocked"
+    patches = vp.compare(pair, squares(32), ["cka"], **(options | {"tokens": "patches"}))
+    assert patches.provenance["cka_value"] == "blocked"
+
+
+def test_large_sums_fall_back_to_blocks_and_say_so(pair, monkeypatch):
+    monkeypatch.setattr("vitprobe.gather.EXACT_BYTES", 1000)
+    found = vp.compare(pair, squares(), ["cka"], tokens="mean", **QUIET)
+    assert found.provenance["cka_value"] == "blocked"
+    assert any("CKA is the estimate over blocks" in note for note in found.notes)
+
+
+def test_the_floor_lies_below_what_is_alike(pair):
+    found = vp.compare(pair, squares(100), ["cka", "rsa_spearman"], **QUIET)
+    for name in ("cka", "rsa_spearman"):
+        value, floor = found.similarity(name, "a", "a"), found.floor(name, "a", "a")
+        assert (floor.values.diagonal() < 0.5).all()
+        assert (value.values.diagonal() > floor.values.diagonal()).all()
+
+
+def test_what_is_not_asked_for_is_not_done(pair, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("not asked for")
+
+    for what in ("CKA", "CKARBF", "Subset", "RankMe", "FirstDirectionShare"):
+        monkeypatch.setattr(f"vitprobe.gather.{what}", never)
+    monkeypatch.setattr("vitprobe.gather.select_tokens", never)
+    found = vp.compare(pair[:1], squares(8), ["token_cosine"], **QUIET)
+    assert found.measures == ("token_cosine",)
+    found = vp.compare(pair[:1], squares(8), ["sink_mass"], **QUIET)
+    assert set(found.tree.children) == {"attention", "samples"}
+
+
+def test_undefined_subset_measures_say_why(pair):
+    found = vp.compare(pair[:1], squares(20), ["linear_regression"], **QUIET)
+    assert found.similarity("linear_regression", "a", "a").isnull().all()
+    (note,) = (note for note in found.notes if "Linear regression" in note or "R²" in note)
+    assert re.search("a: .* is undefined in pairs of layers 0, 1, 2, 3; layer 0 .* images", note)
+
+
+def test_a_grid_without_a_diagonal_is_noted():
+    module = type(tiny().module)(
+        img_size=(16, 32), patch_size=8, embed_dim=24, depth=1, num_heads=3, num_classes=0
+    )
+    wide = vp.wrap(module, name="wide", input_size=(3, 16, 32), mean=0.5, std=0.5)
+    found = vp.compare([tiny(), wide], squares(8), ["fourier_amplitude"], **QUIET)
+    assert found.tokens("fourier_amplitude", "wide").isnull().all()
+    assert not found.tokens("fourier_amplitude", "tiny").isnull().any()
+    assert found.fourier_curves("wide")["value"].isnull().all()
+    assert any(
+        re.search(r"wide: .* undefined for layer\(s\) 0, 1 in 8 of 8 images: .*2 x 4", note)
+        for note in found.notes
+    )
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    for i in range(3):
+        torch.save({"model": tiny(seed=i).module.state_dict()}, folder / f"{i}.pth")
+    return [
+        vp.load(folder / f"{i}.pth", name=f"S {i}", heads=3, mean=0.5, std=0.5) for i in range(3)
+    ]
+
+
+def test_untrained_twins(files, pair):
+    start = vp.load(f"init:{files[0].spec}", name="Start", heads=3, mean=0.5, std=0.5)
+    models = [*files[:2], pair[1], start]
+    found = vp.compare(models, squares(), ["cka"], random_reference=True, **QUIET)
+    assert found.models == ("S 0", "S 1", "b", "Start", "S 0 (untrained)")
+    # Models that differ in weights alone share a twin, and an untrained one needs none.
+    assert found.references == {"S 0": "S 0 (untrained)", "S 1": "S 0 (untrained)"}
+    assert found.describe("S 0 (untrained)")["spec"].startswith("init:")
+    assert any("b has no untrained twin: 'b' is a wrapped module" in note for note in found.notes)
+    assert found.cka("S 0", "S 0 (untrained)").shape == (4, 4)
+    twin, start = (found.cka(name, "S 0").values for name in ("S 0 (untrained)", "Start"))
+    np.testing.assert_allclose(twin, start, atol=1e-12)  # both drawn from seed 0
+    assert not vp.compare(models, squares(8), ["cka"], **QUIET).references
+
+
+def test_a_twin_has_the_architecture_and_input_of_its_model(tmp_path):
+    from vitprobe.models.untrained import same_architecture, untrained
+
+    torch.save({"model": tiny(size=48).module.state_dict()}, tmp_path / "a,b.pth")
+    options = {"heads": 2, "eps": 1e-5, "size": 32, "mean": 0.1, "std": 0.2}
+    model = vp.load(tmp_path / "a,b.pth", **options)
+    twin = untrained(model, "twin")
+    assert (twin.name, twin.input_size, twin.mean) == ("twin", (3, 32, 32), (0.1,) * 3)
+    assert same_architecture(model, twin)
+    assert not same_architecture(model, vp.load(tmp_path / "a,b.pth", **options | {"heads": 3}))
+    weights = [m.module.blocks[0].attn.qkv.weight for m in (model, twin)]
+    assert not torch.equal(*weights)
+    timm = vp.load("init:vit_tiny_patch16_224", seed=3, size=64)
+    assert untrained(timm, "twin").input_size == (3, 64, 64)
+
+
+def test_a_twin_of_a_file_that_is_gone_is_noted(tmp_path):
+    torch.save({"model": tiny().module.state_dict()}, tmp_path / "a.pth")
+    model = vp.load(tmp_path / "a.pth", name="A", heads=3)
+    (tmp_path / "a.pth").unlink()
+    found = vp.compare([model], squares(8), ["cka"], random_reference=True, **QUIET)
+    assert f"A has no untrained twin: its file '{tmp_path / 'a.pth'}' is gone." in found.notes
+
+
+def test_groups_of_seeds(files):
+    groups = {"G": ["S 0", "S 1"], "H": ["S 2"]}
+    found = vp.compare(files, squares(), ["sink_mass", "cka"], groups=groups, **QUIET)
+    assert found.groups == {"G": ("S 0", "S 1"), "H": ("S 2",)}
+    assert any("Group H has one seed" in note for note in found.notes)
+    means = found.group_means(["sink_mass"]).set_index("group")
+    seeds = [float(found.sink_mass(name).mean()) for name in groups["G"]]
+    assert means.loc["G", "mean"] == pytest.approx(np.mean(seeds))
+    assert list(found.group_similarity("cka").pairs) == [1, 2, 0]
+
+
+def test_memory_of_the_subset(pair):
+    # Layers of a: 4 of 16 patches x 24; of b: 3 of 36 patches x 36.
+    numbers = 4 * 16 * 24 + 3 * 36 * 36
+    assert subset_bytes(pair, Settings(["cka"]), 1000) == 0
+    assert subset_bytes(pair, Settings(["all"]), 1000) == 4 * 256 * numbers
+    assert subset_bytes(pair, Settings(["svcca"], tokens="mean"), 9) == 4 * 9 * (4 * 24 + 3 * 36)
+
+
 def poisoned(where):
     model = tiny("bad")
     with torch.no_grad():
@@ -250,8 +489,12 @@ def poisoned(where):
             None,
             "'bad', block 0 of .*: attention is NaN in layer 1",
         ),
-        ("blocks.1.attn.qkv.weight", ["cka"], "'bad' gives NaN or infinite features in layer 2"),
-        ("norm.weight", None, "'bad' gives NaN or infinite features in layer 3, block 0"),
+        ("blocks.1.attn.qkv.weight", ["cka"], "'bad', block 0 of .*: layer 2 gives NaN"),
+        ("norm.weight", None, "'bad', block 0 of .*: layer 3 gives NaN or infinite features"),
+        ("norm.weight", ["procrustes"], "'bad', block 0 of .*: layer 3 gives NaN"),
+        ("norm.weight", ["cka", "procrustes"], "'bad', block 0 of .*: layer 3 gives NaN"),
+        ("norm.weight", ["effective_rank"], "'bad', block 0 of .*: layer 3 gives NaN"),
+        ("norm.weight", ["rankme"], "'bad', block 0 of .*: layer 3 gives NaN"),
     ],
 )
 def test_nan_weights_name_model_layer_and_block(where, measures, message):
@@ -282,6 +525,11 @@ def test_nan_weights_name_model_layer_and_block(where, measures, message):
         ({"device": "warp"}, VitprobeError, "device 'warp' is not to be had"),
         ({"device": "meta"}, VitprobeError, "device 'meta' is not to be had"),
         ({"workers": 0}, DataError, "a number of workers of 0"),
+        ({"max_images": 3}, MeasureError, "max_images of 3 is too few"),
+        ({"groups": {"G": []}}, VitprobeError, "group 'G' has no models"),
+        ({"groups": {"G": ["tini"]}}, VitprobeError, "'tini', .* Did you mean 'tiny'"),
+        ({"groups": {"G": ["tiny"], "H": ["tiny"]}}, VitprobeError, "is in group 'G' already"),
+        ({"groups": {"G": ["tiny", "tiny"]}}, VitprobeError, "a seed counts once"),
         ({"models": [tiny("x" * 101)]}, VitprobeError, "1 to 100 printable characters"),
         ({"models": [tiny("a\0b")]}, VitprobeError, "a model cannot be named"),
         (

@@ -26,7 +26,9 @@ from vitprobe.errors import ResultError, SourceError, VitprobeError
 from vitprobe.models.sources import OPTIONS, parse_spec
 
 if TYPE_CHECKING:
+    from vitprobe.compare import Settings
     from vitprobe.models import Model
+    from vitprobe.results import Comparison
 
 # Of the processes that torchrun starts, one speaks for all.
 _LEADS = os.environ.get("RANK", "0") == "0"
@@ -74,12 +76,15 @@ class Compare:
     """NAME=SPEC of each model, such as MAE=mae.pth,heads=12 or DeiT=timm:deit_tiny_patch16_224."""
     models: Path | None = None
     """TOML file with more models: one table a model, [NAME] with spec = "…" and options."""
+    group: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME=SPEC,SPEC,... of models that are seeds of one method; may be given again. Options follow
+    their spec, as in MAE=a.pth,heads=12,b.pth,heads=12."""
     measures: tuple[str, ...] = ("cka", "attention_distance", "attention_entropy")
-    """What to measure."""
+    """What to measure; all for everything there is."""
     layers: Literal["normed", "residual"] = "normed"
     """What a layer is: what each block's attention reads, or the residual stream."""
     tokens: Literal["patches", "cls", "mean", "all"] = "patches"
-    """What of a layer CKA compares."""
+    """What of a layer is compared."""
     estimator: Literal["unbiased", "biased"] = "unbiased"
     """Of HSIC in CKA."""
     limit: int | None = None
@@ -96,6 +101,10 @@ class Compare:
     """fp32 turns TF32 and autocast off."""
     workers: int = 2
     """Threads that decode images ahead."""
+    max_images: int = 256
+    """Images of the measures that need all of theirs together (SVCCA, RSA, ...)."""
+    random_reference: bool = False
+    """Add to every trained model a twin of the same architecture with random weights."""
     dry_run: bool = False
     """Load models and list images, say what would be done, and stop."""
     force: bool = False
@@ -106,8 +115,17 @@ class Compare:
         entries: list[tuple[str | None, str, dict[str, Any]]] = [(n, s, {}) for n, s in specs]
         if self.models is not None:
             entries += _listed(self.models)
+        groups: dict[str, list[str]] = {}
+        for text in self.group:
+            group, members = _grouped(text)
+            if group in groups:
+                raise SourceError(f"group '{group}' is given twice; list all its models in one")
+            groups[group] = [f"{group} {i}" for i in range(1, len(members) + 1)]
+            entries += [(n, s, {}) for n, s in zip(groups[group], members, strict=True)]
         if not entries:
-            raise SourceError("no models to compare; give NAME=SPEC of one or more, or --models")
+            raise SourceError(
+                "no models to compare; give NAME=SPEC of one or more, --group or --models"
+            )
         if not self.dry_run:
             check_output(self.out, self.force)
 
@@ -118,39 +136,35 @@ class Compare:
         from vitprobe.compare import Settings, compare
         from vitprobe.data.images import images
         from vitprobe.models import load
-        from vitprobe.report import check_folder, report
+        from vitprobe.report import check_folder
 
+        options: dict[str, Any] = {
+            "layers": self.layers,
+            "tokens": self.tokens,
+            "estimator": self.estimator,
+            "block": self.block,
+            "batch_size": self.batch_size,
+            "device": self.device,
+            "precision": self.precision,
+            "workers": self.workers,
+            "max_images": self.max_images,
+        }
+        settings = Settings(measures, **options)
         if not self.dry_run:
             check_folder(self.out, force=self.force)
         source = images(self.images, limit=self.limit, seed=self.seed)
-        models = [load(spec, name=name, **options) for name, spec, options in entries]
+        models = [load(spec, name=name, **more) for name, spec, more in entries]
         if self.dry_run:
-            Settings(
-                measures,
-                self.layers,
-                self.tokens,
-                self.estimator,
-                self.block,
-                self.batch_size,
-                self.device,
-                self.precision,
-                self.workers,
-            )
-            return _plan(models, len(source), measures)
+            return _plan(models, len(source), settings, self.random_reference)
         result = compare(
             models,
             source,
             measures,
-            layers=self.layers,
-            tokens=self.tokens,
-            estimator=self.estimator,
-            block=self.block,
-            batch_size=self.batch_size,
-            device=self.device,
-            precision=self.precision,
-            workers=self.workers,
+            random_reference=self.random_reference,
+            groups=groups,
+            **options,
         )
-        page = report(result, self.out, force=self.force)
+        page = _reported(result, self.out, self.force)
         for note in result.notes:
             print(f"note: {note}", file=sys.stderr)
         return str(page)
@@ -417,6 +431,25 @@ def _named(text: str) -> tuple[str | None, str]:
     return name, spec
 
 
+def _grouped(text: str) -> tuple[str, list[str]]:
+    """NAME=SPEC,SPEC,... as a name and specs; a part such as heads=12 is an option of the spec
+    before it."""
+    name, equals, listed = text.partition("=")
+    if not equals or not name or not listed or re.search(r"[,:/\\]", name):
+        raise SourceError(f"'{text}' is no NAME=SPEC,SPEC; write it as MAE=a.pth,b.pth")
+    specs: list[str] = []
+    for part in (part.strip() for part in listed.split(",")):
+        is_option = re.match(r"[^/\\]*=", part) is not None
+        if not part or (is_option and not specs):
+            problem = f"'{part}' follows no spec" if part else "a spec between two commas is empty"
+            raise SourceError(f"group '{name}': {problem}; write it as MAE=a.pth,heads=12,b.pth")
+        if is_option:
+            specs[-1] += f",{part}"
+        else:
+            specs.append(part)
+    return name, specs
+
+
 def _listed(path: Path) -> list[tuple[str | None, str, dict[str, Any]]]:
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -447,11 +480,37 @@ def _override(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def _plan(models: Sequence[Model], count: int, measures: Sequence[str]) -> str:
-    lines = [f"{count} images through {len(models)} models once; {', '.join(measures)}"]
+def _reported(result: Comparison, out: Path, force: bool) -> Path:
+    """The report of a result, which is on disk before a figure is drawn: hours of work are not lost
+    with a report that fails."""
+    from vitprobe.report import report
+
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    kept = result.save(out.absolute().with_name(f"{out.name}.{os.getpid()}.nc"))
+    try:
+        page = report(result, out, force=force)
+    except BaseException:
+        _complain(f"the report failed; the result is in '{kept}', for vitprobe report")
+        raise
+    kept.unlink()
+    return page
+
+
+def _plan(models: Sequence[Model], count: int, settings: Settings, random_reference: bool) -> str:
+    from vitprobe.compare import subset_bytes
+
+    twins = " and untrained twins" if random_reference else ""
+    measures = (*settings.similarity, *settings.attention, *settings.layer_tokens)
+    lines = [f"{count} images through {len(models)} models{twins} once; {', '.join(measures)}"]
     for model in models:
         size = "x".join(map(str, model.input_size))
         lines.append(
             f"{model.name}: {len(model.anatomy.blocks)} blocks, input {size}, {model.spec}"
+        )
+    if kept := subset_bytes(models, settings, count):
+        kept *= 2 if random_reference else 1
+        lines.append(
+            f"features of {min(count, settings.max_images)} images kept for measures that need "
+            f"them together: {kept / 1e9:.2g} GB of memory"
         )
     return "\n".join(lines)

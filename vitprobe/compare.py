@@ -1,13 +1,14 @@
 """The one loop: every image through every model once, every measure on the way.
 
-Layers are reduced to Gram matrices as they arrive, attention to per-image sums; nothing else is
-kept of an image, so memory does not grow with their number (but for per-image attention means).
+Layers are reduced to Gram matrices and per-image numbers as they arrive, attention to per-image
+sums; nothing else is kept of an image, so memory does not grow with their number, but for a few
+numbers an image, one vector an image and layer for RankMe, and the features of the first
+`max_images` where a measure needs them together.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
@@ -20,34 +21,25 @@ from tqdm.auto import tqdm
 
 from vitprobe import provenance
 from vitprobe.capture import Recorder
-from vitprobe.capture.features import Convention, convention_of, feature_layers
-from vitprobe.capture.geometry import plain
+from vitprobe.capture.features import Convention, convention_of
 from vitprobe.data.images import Block, Images, View
 from vitprobe.data.images import images as as_images
 from vitprobe.devices import exact_products, find_device, placed
 from vitprobe.errors import DataError, MeasureError, VitprobeError, suggest
-from vitprobe.measures.attention import AttentionChunk, AttentionMeasure
-from vitprobe.measures.cka import (
-    CKA,
-    MINIMUM_IMAGES,
-    Estimator,
-    FirstDirectionShare,
-    centered_gram,
-)
-from vitprobe.measures.registry import ATTENTION, MEASURES
-from vitprobe.measures.tokens import TokenPolicy, select_tokens
+from vitprobe.gather import Attention, Similarities, Tokens, check_finite, kept_numbers
+from vitprobe.measures.attention import AttentionChunk
+from vitprobe.measures.base import Group
+from vitprobe.measures.cka import MINIMUM_IMAGES, Estimator
+from vitprobe.measures.registry import MEASURES, SUBSET
+from vitprobe.measures.tokens import TokenPolicy
 from vitprobe.models import Model
-from vitprobe.results import (
-    Comparison,
-    Feature,
-    Unit,
-    attention_dataset,
-    similarity_dataset,
-    tokens_dataset,
-)
+from vitprobe.models.untrained import is_untrained, same_architecture, untrained
+from vitprobe.results import COMPANION, Comparison
 from vitprobe.samples import SAMPLES, THUMBNAIL, SampleMaps, thumbnails
 
 DEFAULT_MEASURES: Final = ("cka", "attention_distance", "attention_entropy")
+ALL: Final = "all"
+KNOWN: Final = tuple(name for name in MEASURES if name != COMPANION)
 
 LONGEST_NAME: Final = 100
 
@@ -68,19 +60,21 @@ class Settings:
     precision: Precision = "fp32"
     workers: int = 2
     progress: bool = True
+    max_images: int = 256
 
     def __post_init__(self) -> None:
         if isinstance(self.measures, str):
             raise MeasureError(f"measures are a list of names: give ['{self.measures}']")
-        known = [name for name in MEASURES if name == "cka" or name in ATTENTION]
         for name in self.measures:
-            if name not in known:
+            if name not in (*KNOWN, ALL):
                 raise MeasureError(
-                    f"unknown measure '{name}'.{suggest(name, known)} Use some of "
-                    f"{' '.join(known)}."
+                    f"unknown measure '{name}'.{suggest(name, KNOWN)} Use some of "
+                    f"{' '.join(KNOWN)}, or {ALL}."
                 )
         if not self.measures:
-            raise MeasureError(f"no measure asked for: use some of {', '.join(known)}")
+            raise MeasureError(f"no measure asked for: use some of {', '.join(KNOWN)}, or {ALL}")
+        if self.max_images < 4:
+            raise MeasureError(f"max_images of {self.max_images} is too few; give 4 or more")
         if self.estimator not in MINIMUM_IMAGES:
             raise MeasureError(
                 f"unknown CKA estimator '{self.estimator}': use 'unbiased' or 'biased'"
@@ -97,10 +91,29 @@ class Settings:
             raise VitprobeError(f"unknown precision '{self.precision}': use 'fp32' or 'bf16'")
 
     @property
+    def similarity(self) -> tuple[str, ...]:
+        """Measures of two layers."""
+        return self._of("similarity")
+
+    @property
     def attention(self) -> tuple[str, ...]:
         """Attention measures; sink mass always goes with them, since renormalising hides it."""
-        asked = [name for name in self.measures if name in ATTENTION]
+        asked = self._of("attention")
         return tuple(dict.fromkeys([*asked, "sink_mass"])) if asked else ()
+
+    @property
+    def layer_tokens(self) -> tuple[str, ...]:
+        """Measures of the tokens of a layer."""
+        return self._of("tokens")
+
+    @property
+    def features(self) -> bool:
+        """Whether anything is asked of layers."""
+        return bool(self.similarity or self.layer_tokens)
+
+    def _of(self, group: Group) -> tuple[str, ...]:
+        asked = KNOWN if ALL in self.measures else dict.fromkeys(self.measures)
+        return tuple(name for name in asked if MEASURES[name].group == group)
 
 
 def compare(
@@ -119,18 +132,23 @@ def compare(
     seed: int | None = None,
     workers: int = 2,
     progress: bool = True,
+    max_images: int = 256,
+    random_reference: bool = False,
+    groups: Mapping[str, Sequence[str]] | None = None,
 ) -> Comparison:
     """Compare models on the same images, in one pass.
 
-    Models may differ in depth, width, patch, input size and normalisation. CKA compares every layer
-    of every model with every other; one model alone is compared with itself.
+    Models may differ in depth, width, patch, input size and normalisation. Similarity compares
+    every layer of every model with every other; one model alone is compared with itself.
 
     Args:
         models: from `load` or `wrap`, with different names.
         images: whatever `vitprobe.images` takes.
-        measures: names; attention measures bring sink mass with them.
+        measures: names from `vitprobe.measures.MEASURES`, or `["all"]`; attention measures bring
+            sink mass with them, CKA the first-direction share.
         layers: `normed` (what each block's attention reads, and the final norm) or `residual`.
-        tokens: what of a layer CKA compares: `patches`, `cls`, `mean` or `all`.
+        tokens: what of a layer is compared: `patches`, `cls`, `mean` or `all`. Debiased CKA of
+            `cls` and `mean` is exact over all images; any other belongs to the block size.
         estimator: of HSIC in CKA; `biased` is exact only when all images fit in one block.
         block: images over which similarity is computed before it is summed; recorded.
         batch_size: images in one forward pass, at most and by default a block.
@@ -140,13 +158,19 @@ def compare(
         seed: of the permutation, 0 unless given.
         workers: threads that decode images ahead.
         progress: show a progress bar on stderr where that is a terminal.
+        max_images: on how many of the first images measures are computed that need all their
+            images together; their features are kept in memory until the end.
+        random_reference: add to every model that was trained a twin of the same architecture with
+            random weights, "NAME (untrained)"; models that differ in weights alone share one.
+        groups: names of models that are seeds of one method, by the method's name.
 
     Returns:
         The Comparison.
 
     Raises:
         VitprobeError: models that share a name, images too few or undecodable, an unknown measure,
-            a layer that stays silent, features or attention that are not finite.
+            a layer that stays silent, features or attention that are not finite, a group of models
+            that are not there.
     """
     settings = Settings(
         measures if isinstance(measures, str) else tuple(measures),
@@ -159,10 +183,28 @@ def compare(
         precision,
         workers,
         progress,
+        max_images,
     )
     if isinstance(models, Model):
         raise VitprobeError(f"models are a list: give [model] to compare '{models.name}' alone")
-    return _Run(list(models), as_images(images, limit=limit, seed=seed), settings).result()
+    run = _Run(
+        list(models),
+        as_images(images, limit=limit, seed=seed),
+        settings,
+        {name: list(members) for name, members in (groups or {}).items()},
+        random_reference,
+    )
+    return run.result()
+
+
+def subset_bytes(models: Sequence[Model], settings: Settings, images: int) -> int:
+    """Memory that the features of the subset measures will take, 0 where there are none."""
+    if not any(name in SUBSET for name in settings.similarity):
+        return 0
+    numbers = (
+        kept_numbers(model, settings.tokens) * (len(model.anatomy.blocks) + 1) for model in models
+    )
+    return 4 * min(images, settings.max_images) * sum(numbers)
 
 
 @dataclass
@@ -170,7 +212,10 @@ class _Run:
     models: list[Model]
     images: Images
     settings: Settings
+    groups: dict[str, list[str]]
+    random_reference: bool
     notes: list[str] = field(default_factory=list)
+    references: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for model in self.models:
@@ -178,6 +223,34 @@ class _Run:
                 raise VitprobeError(
                     f"cannot compare {type(model).__name__}: make a model of it with load or wrap"
                 )
+        check_groups(self.groups, [model.name for model in self.models])
+        if self.random_reference:
+            self._add_references()
+        self._check_names()
+        settings = self.settings
+        for model in self.models:
+            convention_of(model, settings.layers)
+            if settings.features:
+                self._note_layers(model)
+            if settings.features and settings.tokens == "cls" and not model.anatomy.prefix_tokens:
+                raise MeasureError(
+                    f"model '{model.name}' has no class token; use tokens 'patches' or 'mean'"
+                )
+        self.device = find_device(settings.device)
+        self.similarities = Similarities(
+            self.models,
+            settings.similarity,
+            settings.tokens,
+            settings.estimator,
+            settings.max_images,
+        )
+        self.tokens = Tokens(self.models, settings.layer_tokens, settings.tokens)
+        self.attention = Attention(self.models, settings.attention)
+        self.grams_alone = self.similarities.subset is None and not settings.layer_tokens
+        self.samples = {model.name: SampleMaps(model) for model in self.models}
+        self.thumbnails = np.empty((0, THUMBNAIL, THUMBNAIL, 3), np.uint8)
+
+    def _check_names(self) -> None:
         names = [model.name for model in self.models]
         if not names:
             raise VitprobeError("no models to compare; give at least one")
@@ -190,26 +263,24 @@ class _Run:
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise VitprobeError(f"two models are named '{twice}'; give each its own name")
+
+    def _add_references(self) -> None:
+        """An untrained twin for every trained model, one for all that differ in weights alone."""
+        twins: list[tuple[Model, Model]] = []
         for model in self.models:
-            convention_of(model, self.settings.layers)
-            if "cka" in self.settings.measures:
-                self._note_layers(model)
-                if self.settings.tokens == "cls" and model.anatomy.prefix_tokens == 0:
-                    raise MeasureError(
-                        f"model '{model.name}' has no class token; use tokens 'patches' or 'mean'"
-                    )
-        self.device = find_device(self.settings.device)
-        self.features: list[Feature] = [
-            (model.name, layer) for model in self.models for layer in feature_layers(model.anatomy)
-        ]
-        self.cka = CKA(len(self.features), self.settings.estimator)
-        self.first_direction = FirstDirectionShare(len(self.features))
-        self.attention = {
-            model.name: [ATTENTION[name]() for name in self.settings.attention]
-            for model in self.models
-        }
-        self.samples = {model.name: SampleMaps(model) for model in self.models}
-        self.thumbnails = np.empty((0, THUMBNAIL, THUMBNAIL, 3), np.uint8)
+            if is_untrained(model):
+                continue
+            twin = next((twin for like, twin in twins if same_architecture(like, model)), None)
+            if twin is None:
+                try:
+                    twin = untrained(model, f"{model.name} (untrained)")
+                except VitprobeError as error:
+                    reason = str(error).rstrip(".")
+                    self.notes.append(f"{model.name} has no untrained twin: {reason}.")
+                    continue
+                twins.append((model, twin))
+            self.references[model.name] = twin.name
+        self.models = [*self.models, *(twin for _, twin in twins)]
 
     def result(self) -> Comparison:
         views = {model.name: View(*model.input_size) for model in self.models}
@@ -241,64 +312,50 @@ class _Run:
         return self._assemble()
 
     def _block(self, number: int, block: Block, views: dict[str, View]) -> None:
-        if "cka" in self.settings.measures:
-            needed = MINIMUM_IMAGES[self.settings.estimator]
-            if len(block.names) < needed:
-                raise DataError(
-                    f"'{self.images.source}' gives too few images that can be decoded, "
-                    f"{len(block.names)}: {self.settings.estimator} CKA needs at least {needed}"
-                )
-        grams: list[Tensor] = []
+        needed = MINIMUM_IMAGES[self.settings.estimator]
+        if self.similarities.streaming and len(block.names) < needed:
+            raise DataError(
+                f"'{self.images.source}' gives too few images that can be decoded, "
+                f"{len(block.names)}: {self.settings.estimator} CKA needs at least {needed}"
+            )
         for model in self.models:
-            found = self._forward(model, number, block, block.views[views[model.name]])
-            grams += [found[layer] for layer in sorted(found)]
-        if grams:
-            stacked = torch.stack(grams)
-            self.cka.update_grams(stacked)
-            self.first_direction.update_grams(stacked)
+            try:
+                self._forward(model, block, block.views[views[model.name]])
+            except MeasureError as error:
+                raise MeasureError(
+                    f"model '{model.name}', block {number} of the images: {error}; check its "
+                    "weights with 'vitprobe inspect'"
+                ) from error
+        self.similarities.end_block(block.first)
         if len(self.thumbnails) < SAMPLES:
             self.thumbnails = np.concatenate([self.thumbnails, thumbnails(block)])[:SAMPLES]
 
-    def _forward(
-        self, model: Model, number: int, block: Block, pixels: Tensor
-    ) -> dict[int, Tensor]:
-        """One model over one block: Grams by layer, attention into its measures."""
+    def _forward(self, model: Model, block: Block, pixels: Tensor) -> None:
+        """One model over one block: features and attention into what gathers them."""
         count = len(pixels)
         step = min(self.settings.batch_size or count, count)
-        parts: dict[int, list[Tensor]] = {}
-        grams: dict[int, Tensor] = {}
+        start = 0
 
         def on_features(layer: int, tokens: Tensor) -> None:
-            kept = select_tokens(tokens, model.anatomy.prefix_tokens, self.settings.tokens)
-            if step == count:
-                grams[layer] = gram(layer, kept)
-            else:
-                parts.setdefault(layer, []).append(kept.clone())
-
-        def gram(layer: int, kept: Tensor) -> Tensor:
-            result = centered_gram(kept)
-            if not torch.isfinite(result).all():
-                raise MeasureError(
-                    f"model '{model.name}' gives NaN or infinite features in layer {layer}, block "
-                    f"{number} of the images; check its weights with 'vitprobe inspect'"
-                )
-            return result
+            first, left = block.first + start, count - start - len(tokens)
+            # Under a caller's autocast matrix products alone would fall to half precision.
+            with torch.autocast(self.device.type, enabled=False):
+                tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
+                if not self.grams_alone:  # a Gram is smaller, and checked in any case
+                    check_finite(tokens, layer)
+                if self.settings.similarity:
+                    self.similarities.update(model, layer, first, tokens, left)
+                if self.settings.layer_tokens:
+                    self.tokens.update(model, layer, first, tokens)
 
         def on_attention(chunk: AttentionChunk) -> None:
-            for measure in self.attention[model.name]:
-                try:
-                    measure.update(chunk)
-                except MeasureError as error:
-                    raise MeasureError(
-                        f"model '{model.name}', block {number} of the images: {error}; check its "
-                        "weights with 'vitprobe inspect'"
-                    ) from error
+            self.attention.update(model, chunk)
             self.samples[model.name].update(chunk)
 
         recorder = Recorder(
             model,
             convention=self.settings.layers,
-            on_features=on_features if "cka" in self.settings.measures else None,
+            on_features=on_features if self.settings.features else None,
             on_attention=on_attention if self.settings.attention else None,
         )
         # A module of the user's own may keep what it computes, and could not train with inference
@@ -308,68 +365,24 @@ class _Run:
             for start in range(0, count, step):
                 batch = pixels[start : start + step].to(self.device)
                 recorder.run(batch, block.first + start)
-            for layer in list(parts):
-                grams[layer] = gram(layer, torch.cat(parts.pop(layer)))
-        return grams
 
     def _assemble(self) -> Comparison:
         groups: dict[str, xr.Dataset] = {}
-        if "cka" in self.settings.measures:
-            value, error = self.cka.compute()
-            sums = {
-                name: getattr(self.cka, name).numpy()
-                for name in ("products", "squares", "cross", "selves")
-            }
-            groups["similarity"] = similarity_dataset(
-                self.features, value=value.numpy(), standard_error=error.numpy(), sums=sums
+        names = self.images.used
+        if self.settings.similarity:
+            groups["similarity"] = self.similarities.dataset(len(names), self.notes)
+        if self.settings.layer_tokens or self.similarities.first_direction is not None:
+            groups["tokens"] = self.tokens.dataset(
+                names, self.similarities.first_direction, self.notes
             )
-            groups["tokens"] = tokens_dataset(
-                self.features,
-                first_direction_share=self.first_direction.compute().numpy(),
-                first_direction_sums=self.first_direction.sums.numpy(),
-            )
-            self._note_constant(value)
         if self.settings.attention:
-            groups["attention"] = self._attention_group()
+            groups["attention"] = self.attention.dataset(names, self.notes)
             groups |= self._sample_groups()
         self._note_images()
+        self._note_groups()
         for model in self.models:
             self._note_assumed(model)
         return Comparison.assemble(groups, self._provenance())
-
-    def _attention_group(self) -> xr.Dataset:
-        units: list[Unit] = []
-        values: dict[str, list[np.ndarray]] = {name: [] for name in self.settings.attention}
-        undefined: dict[str, list[np.ndarray]] = {name: [] for name in self.settings.attention}
-        uniform: dict[str, list[float]] = {name: [] for name in self.settings.attention}
-        for model in self.models:
-            geometry = plain(model.anatomy)
-            for measure in self.attention[model.name]:
-                name = measure.info.name
-                level = measure.uniform(geometry.query_xy, geometry.key_xy, geometry.key_prefix)
-                layers = measure.compute()
-                for layer, (mean, missing) in layers.items():
-                    heads = mean.shape[1]
-                    if measure is self.attention[model.name][0]:
-                        units += [(model.name, layer, head) for head in range(heads)]
-                    values[name].append(mean)
-                    undefined[name].append(missing)
-                    uniform[name] += [math.nan if level is None else level] * heads
-                self._note_undefined(model, measure, layers)
-        return attention_dataset(
-            units,
-            self.images.used,
-            values={name: np.concatenate(parts, axis=1) for name, parts in values.items()},
-            undefined_rows={
-                name: np.concatenate(parts, axis=1) for name, parts in undefined.items()
-            },
-            uniform={
-                name: np.asarray(levels)
-                for name, levels in uniform.items()
-                if not np.isnan(levels).all()
-            },
-            info={name: (MEASURES[name].title, MEASURES[name].unit) for name in values},
-        )
 
     def _sample_groups(self) -> dict[str, xr.Dataset]:
         thumbnail = (("sample", "row", "column", "channel"), self.thumbnails)
@@ -379,12 +392,12 @@ class _Run:
             groups[f"samples/{index}"] = self.samples[model.name].dataset()
         return groups
 
-    def _note_constant(self, value: Tensor) -> None:
-        for (model, layer), own in zip(self.features, value.diagonal().tolist(), strict=True):
-            if math.isnan(own):
+    def _note_groups(self) -> None:
+        for name, members in self.groups.items():
+            if len(members) == 1:
                 self.notes.append(
-                    f"{model}, layer {layer}: constant over the images under tokens "
-                    f"'{self.settings.tokens}', so its CKA is undefined."
+                    f"Group {name} has one seed, so nothing is known of how its seeds differ: it "
+                    "has no interval over seeds."
                 )
 
     def _note_assumed(self, model: Model) -> None:
@@ -411,16 +424,6 @@ class _Run:
                 "block writes."
             )
 
-    def _note_undefined(
-        self, model: Model, measure: AttentionMeasure, layers: dict[int, Any]
-    ) -> None:
-        rows = sum(int(missing.sum()) for _, missing in layers.values())
-        if rows:
-            self.notes.append(
-                f"{model.name}: {rows} attention rows had no mass on patches and are left out of "
-                f"{measure.info.title.lower()}."
-            )
-
     def _note_images(self) -> None:
         lost = self.images.undecodable
         if lost:
@@ -435,10 +438,11 @@ class _Run:
             self.notes.append(
                 f"{limit} images were asked for and {len(self.images.used)} could be had."
             )
-        if self.settings.estimator == "biased" and self.cka.blocks > 1:
+        blocks = self.similarities.blocks
+        if self.settings.estimator == "biased" and blocks is not None and blocks > 1:
             self.notes.append(
-                f"Biased CKA was summed over {self.cka.blocks} blocks and so depends on the block "
-                "size; it is exact only with one block."
+                f"Biased CKA was summed over {blocks} blocks and so depends on the block size; it "
+                "is exact only with one block."
             )
         if self.images.seed is None:
             self.notes.append(
@@ -458,16 +462,19 @@ class _Run:
 
     def _provenance(self) -> dict[str, Any]:
         settings = self.settings
-        cka = ("cka",) if "cka" in settings.measures else ()
         return {
             **provenance.collect(),
             "models": [model.describe() for model in self.models],
-            "measures": [*cka, *settings.attention],
+            "measures": [*settings.similarity, *settings.attention, *settings.layer_tokens],
+            "groups": self.groups,
+            "references": self.references,
             "layers": settings.layers,
             "tokens": settings.tokens,
             "estimator": settings.estimator,
+            "cka_value": self.similarities.cka_value,
+            "max_images": settings.max_images,
             "block": settings.block,
-            "blocks": self.cka.blocks if "cka" in settings.measures else None,
+            "blocks": self.similarities.blocks,
             "batch_size": settings.batch_size,
             "device": str(self.device),
             "precision": settings.precision,
@@ -483,3 +490,22 @@ class _Run:
             },
             "notes": self.notes,
         }
+
+
+def check_groups(groups: Mapping[str, Sequence[str]], names: Sequence[str]) -> None:
+    """Raise VitprobeError for a group without models, of unknown ones, or of one that is taken."""
+    owner: dict[str, str] = {}
+    for group, members in groups.items():
+        if not members:
+            raise VitprobeError(f"group '{group}' has no models; name those that are its seeds")
+        for name in members:
+            if name not in names:
+                raise VitprobeError(
+                    f"group '{group}' names '{name}', which is no model of this comparison."
+                    f"{suggest(name, names)}"
+                )
+            if name in owner:
+                raise VitprobeError(
+                    f"model '{name}' is in group '{owner[name]}' already; a seed counts once"
+                )
+            owner[name] = group

@@ -2,11 +2,12 @@
 
 A `Comparison` holds four groups:
 
-- `similarity`: CKA between every two features (a feature is one layer of one model), its standard
-  error, and the sums from which both follow and by which results merge;
-- `attention`: per-image means for every unit (a unit is one head of one layer of one model), rows
-  left undefined, and the value under uniform attention that relative units divide by;
-- `tokens`: per-feature numbers such as the first-direction share;
+- `similarity`: for each measure its value between every two features (a feature is one layer of one
+  model), the standard error and the floor under permuted images, and the sums by which CKA merges;
+- `attention`: per-image means for every unit (a unit is one head of one block of one model), or for
+  every block where a measure fuses the heads, rows left undefined, and the value under uniform
+  attention that relative units divide by;
+- `tokens`: numbers of a feature, for every image or for all together;
 - `samples`: thumbnails and attention maps of the first images.
 """
 
@@ -21,20 +22,22 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 import xarray as xr
-from scipy.stats import norm
 
+from vitprobe import tables
+from vitprobe.datasets import by_head, columns, pair
 from vitprobe.errors import ResultError, suggest
 from vitprobe.files import replacing
+from vitprobe.statistics import paired, quantile, t_interval
 
-FORMAT: Final = 1
-Feature = tuple[str, int]
-"""(model, layer)"""
-Unit = tuple[str, int, int]
-"""(model, block, head)"""
+FORMAT: Final = 2
+COMPANION: Final = "first_direction_share"
+"""Measured with CKA and never asked for by itself."""
 
 
 class Comparison:
     """Models compared on the same images. Made by `vitprobe.compare`, read by `open_result`.
+
+    Intervals are pointwise: of one cell, layer or head, at its level, and not of all together.
 
     Attributes:
         tree: the xarray DataTree behind it all.
@@ -60,18 +63,28 @@ class Comparison:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Names of the models, in the order they were given."""
+        """Names of the models, in the order they were given, untrained twins last."""
         return tuple(model["name"] for model in self.provenance["models"])
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """Names of the measures in this result."""
+        """Names of the measures in this result; `first_direction_share` goes with `cka`."""
         return tuple(self.provenance["measures"])
 
     @property
     def notes(self) -> list[str]:
         """Everything a reader must know: assumptions, images replaced, undefined numbers."""
         return list(self.provenance["notes"])
+
+    @property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """The models that are seeds of one method, by the method's name; empty without groups."""
+        return {name: tuple(names) for name, names in self.provenance.get("groups", {}).items()}
+
+    @property
+    def references(self) -> dict[str, str]:
+        """The untrained twin of each model that has one, by the model's name."""
+        return dict(self.provenance.get("references", {}))
 
     def describe(self, name: str) -> dict[str, Any]:
         """What is known of a model: source, architecture with evidence, load report, hash.
@@ -96,37 +109,120 @@ class Comparison:
         channels, height, width = self.describe(name)["input_size"]
         return channels, height, width
 
-    def cka(self, a: str, b: str) -> xr.DataArray:
-        """CKA between the layers of two models: (layer_a, layer_b).
-
-        nan where a layer is constant over the images; `notes` says which.
+    def group_of(self, measure: str) -> str:
+        """Which of `similarity`, `attention` and `tokens` a measure belongs to.
 
         Raises:
-            ResultError: no model of that name, or CKA was not measured.
+            ResultError: a measure that is not in this result.
         """
-        return self._pair("cka", a, b)
+        for group in ("similarity", "attention", "tokens"):
+            held = group in self.tree.children and measure in self.tree[group].data_vars
+            if held and measure in (*self.measures, COMPANION):
+                return group
+        raise ResultError(
+            f"'{measure}' was not measured in this result.{suggest(measure, self.measures)} "
+            f"It has {', '.join(self.measures)}."
+        )
+
+    def is_per_image(self, measure: str) -> bool:
+        """Whether a number of every image is kept, so that models can be compared in pairs.
+
+        Raises:
+            ResultError: a measure that is not in this result.
+        """
+        return "image" in self._dataset(measure)[measure].dims
+
+    def cka(self, a: str, b: str) -> xr.DataArray:
+        """CKA between the layers of two models: (layer_a, layer_b). As `similarity`."""
+        return self.similarity("cka", a, b)
+
+    def similarity(self, measure: str, a: str, b: str) -> xr.DataArray:
+        """A similarity measure between the layers of two models: (layer_a, layer_b).
+
+        nan where it is undefined, such as for a layer that is constant over the images; `notes`
+        says which and why.
+
+        Raises:
+            ResultError: no model of that name, or no similarity measure of that name.
+        """
+        return self._pair(measure, measure, a, b)
+
+    def floor(self, measure: str, a: str, b: str) -> xr.DataArray:
+        """What a similarity measure reaches when the images of one side are permuted.
+
+        A value that does not exceed its floor is no more than unrelated layers would show.
+
+        Returns:
+            (layer_a, layer_b); nan where none was drawn.
+
+        Raises:
+            ResultError: as `similarity`.
+        """
+        return self._pair(measure, f"{measure}_floor", a, b)
+
+    def standard_error(self, measure: str, a: str, b: str | None = None) -> xr.DataArray:
+        """Standard error of a similarity measure, (layer_a, layer_b), or of a number of a layer
+        that is of all images together, (layer,); nan where there is none.
+
+        Raises:
+            ResultError: as `interval`, or a measure that has a number of every image.
+        """
+        variable = f"{measure}_standard_error"
+        if b is not None:
+            return self._pair(measure, variable, a, b)
+        self._check_group(measure, "tokens")
+        if self.is_per_image(measure):
+            raise ResultError(f"'{measure}' has a number of every image: 'per_image' gives them")
+        if variable in self._dataset(measure):
+            return self._columns(measure, variable, a)
+        return xr.full_like(self.tokens(measure, a), np.nan)
 
     def interval(
-        self, measure: str, a: str, b: str, *, level: float = 0.95
+        self,
+        measure: str,
+        a: str,
+        b: str | None = None,
+        *,
+        level: float = 0.95,
+        relative: bool = False,
     ) -> tuple[xr.DataArray, xr.DataArray]:
-        """Pointwise confidence interval of CKA: (low, high), each (layer_a, layer_b).
+        """Pointwise confidence interval, cut where the measure itself ends: (low, high).
 
-        From the influence function over images; the upper end is cut at 1. A layer with itself has
-        no interval (nan), for its CKA is 1 by construction.
+        Similarity measures want two models and give (layer_a, layer_b), from their standard errors;
+        a layer with itself has no interval (nan). Attention measures give (layer, head) and token
+        measures (layer,): Student's t over images, or from the standard error where the number is
+        of all images together (nan where there is none).
 
         Raises:
-            ResultError: another measure than `cka`, or no model of that name.
+            ResultError: a measure or model that is not in this result, one model where two are
+                needed or two where one is, a level that is no probability, no such relative unit.
         """
-        if measure != "cka":
-            raise ResultError(f"intervals are kept for 'cka', not for '{measure}'")
-        if not 0 < level < 1:
-            raise ResultError(f"a level of {level} is no probability; give one such as 0.95")
-        value = self._pair("cka", a, b)
-        margin = float(norm.ppf((1 + level) / 2)) * self._pair("cka_standard_error", a, b)
-        return value - margin, (value + margin).clip(max=1)
+        wanted = 2 if self.group_of(measure) == "similarity" else 1
+        if wanted != 1 + (b is not None):
+            raise ResultError(f"the interval of '{measure}' takes {wanted} model(s): give {wanted}")
+        if b is not None:
+            self._check_units(measure, relative)
+            value = self.similarity(measure, a, b)
+            error, degrees = self.standard_error(measure, a, b), value.attrs["degrees"]
+        elif self.is_per_image(measure):
+            images = self.per_image(measure, a, relative=relative)
+            value, degrees = images[0].drop_vars("image"), None
+            low, high = t_interval(images, level)[1:3]
+        else:
+            self._check_units(measure, relative)
+            value, error = self.tokens(measure, a), self.standard_error(measure, a)
+            degrees = value.attrs["degrees"]
+        if degrees is not None:
+            margin = quantile(level, degrees) * error.values
+            low, high = value.values - margin, value.values + margin
+        scale = self._uniform(measure, a).values if relative else 1.0
+        low, high = self._cut(measure, low, high, scale)
+        return value.copy(data=low), value.copy(data=high)
 
     def attention(self, measure: str, name: str, *, relative: bool = False) -> xr.DataArray:
         """An attention measure averaged over images: (layer, head).
+
+        A measure that fuses the heads of a block has one head, 0.
 
         Args:
             measure: such as `attention_distance`.
@@ -136,11 +232,8 @@ class Comparison:
         Raises:
             ResultError: measure or model not in this result, or a measure without relative units.
         """
-        per_image = self.per_image(measure, name, relative=relative)
-        with np.errstate(invalid="ignore"):
-            mean = per_image.astype(float).mean("image", skipna=True)
-        mean.attrs = per_image.attrs
-        return mean
+        self._check_group(measure, "attention")
+        return self._mean(self.per_image(measure, name, relative=relative), "image")
 
     def attention_distance(self, name: str, *, relative: bool = False) -> xr.DataArray:
         """Mean attention distance (layer, head), pixels of the model's input or relative."""
@@ -154,43 +247,206 @@ class Comparison:
         """Mean attention mass that patches send to prefix tokens (layer, head)."""
         return self.attention("sink_mass", name)
 
-    def per_image(self, measure: str, name: str, *, relative: bool = False) -> xr.DataArray:
-        """An attention measure for every image: (image, layer, head). Raises as `attention`."""
-        dataset = self._group("attention", measure)
-        dataset = dataset.isel(unit=np.flatnonzero(self._mask(dataset, "model", name)))
-        array = dataset[measure]
-        attrs = dict(array.attrs)
-        if relative:
-            if f"{measure}_uniform" not in dataset:
-                raise ResultError(f"'{measure}' has no relative unit")
-            array = array / dataset[f"{measure}_uniform"]
-            attrs["units"] = "relative to uniform"
-        layers, heads = (np.unique(array[dim].values) for dim in ("layer", "head"))
-        # Layers may differ in heads; a head that does not exist is nan.
-        table = np.full((array.sizes["image"], len(layers), len(heads)), np.nan, array.dtype)
-        rows = np.searchsorted(layers, array["layer"].values)
-        columns = np.searchsorted(heads, array["head"].values)
-        table[:, rows, columns] = array.values
-        return xr.DataArray(
-            table,
-            dims=("image", "layer", "head"),
-            coords={"image": array["image"].values, "layer": layers, "head": heads},
-            name=measure,
-            attrs=attrs,
-        )
+    def tokens(self, measure: str, name: str) -> xr.DataArray:
+        """A token measure by layer: (layer,), the mean over images where it has one an image.
+
+        Raises:
+            ResultError: measure or model not in this result, or no token measure.
+        """
+        self._check_group(measure, "tokens")
+        if self.is_per_image(measure):
+            return self._mean(self.per_image(measure, name), "image")
+        return self._columns(measure, measure, name)
 
     def first_direction_share(self, name: str) -> xr.DataArray:
         """Share of each layer's variance along its first principal direction: (layer,)."""
-        dataset = self._group("tokens", "cka")
-        share = dataset["first_direction_share"]
-        share = share.isel(feature=np.flatnonzero(self._mask(dataset, "model", name)))
-        return xr.DataArray(
-            share.values,
-            dims=("layer",),
-            coords={"layer": share["layer"].values},
-            name="first_direction_share",
-            attrs=share.attrs,
+        return self.tokens(COMPANION, name)
+
+    def per_image(self, measure: str, name: str, *, relative: bool = False) -> xr.DataArray:
+        """A measure for every image: (image, layer, head), or (image, layer) of tokens.
+
+        Raises:
+            ResultError: measure or model not in this result, a measure without relative units, or
+                one that is no number of an image.
+        """
+        if not self.is_per_image(measure):
+            raise ResultError(f"'{measure}' is a number of all images together, not of each")
+        self._check_units(measure, relative)
+        array = self._columns(measure, measure, name)
+        if relative:
+            uniform = self._columns(measure, f"{measure}_uniform", name)
+            units = {"units": "relative to uniform"}
+            array = (array / uniform).assign_attrs(array.attrs | units)
+        return array if self.group_of(measure) == "tokens" else by_head(array)
+
+    def undefined_rows(self, measure: str, name: str) -> xr.DataArray:
+        """Rows of attention left out of a measure, over all images: (layer, head).
+
+        Raises:
+            ResultError: measure or model not in this result, or no attention measure.
+        """
+        self._check_group(measure, "attention")
+        rows = self._columns(measure, f"{measure}_undefined_rows", name)
+        return by_head(rows.sum("image"))
+
+    def by_layer(
+        self, measure: str, name: str, *, relative: bool = False, level: float = 0.95
+    ) -> xr.Dataset:
+        """An attention or token measure by layer, with its interval over images.
+
+        Heads are averaged within each image first, over those where the measure is defined.
+
+        Returns:
+            `value`, `low` and `high` over (layer,).
+
+        Raises:
+            ResultError: as `per_image`, or a similarity measure, or a level that is no probability.
+        """
+        if self.group_of(measure) == "similarity":
+            raise ResultError(f"'{measure}' is of two layers; 'similarity' and 'interval' give it")
+        if self.is_per_image(measure):
+            images = self.layer_images(measure, name, relative=relative)
+            value, low, high = t_interval(images, level)[:3]
+            scale = self._mean(self._uniform(measure, name), "head").values if relative else 1.0
+            low, high = self._cut(measure, low, high, scale)
+            attrs, layers = images.attrs, images["layer"].values
+        else:
+            array = self.tokens(measure, name)
+            low, high = (end.values for end in self.interval(measure, name, level=level))
+            value, attrs, layers = array.values, array.attrs, array["layer"].values
+        return xr.Dataset(
+            {"value": ("layer", value), "low": ("layer", low), "high": ("layer", high)},
+            coords={"layer": layers},
+            attrs={**attrs, "level": level, "model": name},
         )
+
+    def layer_images(self, measure: str, name: str, *, relative: bool = False) -> xr.DataArray:
+        """A measure for every image and layer, heads averaged: (image, layer) float64.
+
+        Raises as `per_image`.
+        """
+        array = self.per_image(measure, name, relative=relative)
+        return self._mean(array, "head") if "head" in array.dims else array.astype(float)
+
+    def fourier_curves(self, name: str, *, level: float = 0.95) -> xr.Dataset:
+        """Relative log-amplitude of a model's tokens by frequency, with its interval over images.
+
+        Returns:
+            `value`, `low`, `high` and `frequency` (units of pi radians a patch) over (layer, step);
+            0 by definition at frequency 0, nan beyond the highest frequency of the model's grid.
+
+        Raises:
+            ResultError: `fourier_amplitude` or the model is not in this result.
+        """
+        measure = "fourier_amplitude"
+        images = self.per_image(measure, name)
+        value, error, frequency = (
+            self._columns(measure, variable, name)
+            for variable in ("fourier_curve", "fourier_curve_standard_error", "fourier_frequency")
+        )
+        degrees = images.notnull().sum("image").values - 1
+        margin = quantile(level, degrees)[:, None] * error.values
+        dims = ("layer", "step")
+        return xr.Dataset(
+            {
+                "value": (dims, value.values),
+                "low": (dims, value.values - margin),
+                "high": (dims, value.values + margin),
+                "frequency": (dims, frequency.values, frequency.attrs),
+            },
+            coords={"layer": value["layer"].values},
+            attrs={**value.attrs, "level": level, "model": name},
+        )
+
+    def difference(
+        self,
+        measure: str,
+        a: str,
+        b: str,
+        *,
+        relative: bool | None = None,
+        level: float = 0.95,
+    ) -> xr.Dataset:
+        """Model a minus model b, paired over the images where both are defined.
+
+        Args:
+            measure: an attention or token measure that is kept for every image.
+            a: name of a model.
+            b: name of another.
+            relative: in units of uniform attention; None: where the models' uniform values differ.
+            level: of the intervals.
+
+        Returns:
+            `value`, `low`, `high` and `p` over (layer,), heads averaged within each image first;
+            of no layers where the two models differ in depth. The attributes `overall_value`,
+            `overall_low`, `overall_high` and `overall_p` are of the mean over heads and layers.
+            An interval that contains 0 means that the two cannot be told apart.
+
+        Raises:
+            ResultError: as `per_image`.
+        """
+        if relative is None:
+            relative = self.needs_relative(measure, (a, b))
+        first, second = (self.layer_images(measure, name, relative=relative) for name in (a, b))
+        overall = paired(self._mean(first, "layer"), self._mean(second, "layer"), level)
+        equal = np.array_equal(first["layer"], second["layer"])
+        layers = first["layer"].values if equal else first["layer"].values[:0]
+        estimate = paired(first[:, : len(layers)], second[:, : len(layers)], level)
+        names = ("value", "low", "high", "p")
+        return xr.Dataset(
+            {name: ("layer", getattr(estimate, name)) for name in names},
+            coords={"layer": layers},
+            attrs={
+                **{key: first.attrs[key] for key in ("long_name", "units")},
+                **{f"overall_{name}": float(getattr(overall, name)) for name in names},
+                "images": int(overall.number),
+                "level": level,
+                "model_a": a,
+                "model_b": b,
+            },
+        )
+
+    def needs_relative(self, measure: str, names: Sequence[str]) -> bool:
+        """Whether models can be set side by side only in units of uniform attention.
+
+        Raises:
+            ResultError: measure or model not in this result.
+        """
+        if f"{measure}_uniform" not in self._dataset(measure):
+            return False
+        levels = np.concatenate([self._uniform(measure, name).values.ravel() for name in names])
+        levels = levels[~np.isnan(levels)]
+        return len(levels) > 0 and not np.allclose(levels, levels[0], rtol=1e-6)
+
+    def differences(
+        self, measures: Sequence[str] | None = None, *, level: float = 0.95
+    ) -> pd.DataFrame:
+        """The list of paired differences, see `vitprobe.tables.differences`."""
+        return tables.differences(self, measures, level)
+
+    def group_means(
+        self, measures: Sequence[str] | None = None, *, level: float = 0.95
+    ) -> pd.DataFrame:
+        """Means of groups over their seeds, see `vitprobe.tables.group_means`."""
+        return tables.group_means(self, measures, level)
+
+    def group_differences(
+        self, measures: Sequence[str] | None = None, *, level: float = 0.95
+    ) -> pd.DataFrame:
+        """The list of differences between groups, see `vitprobe.tables.group_differences`."""
+        return tables.group_differences(self, measures, level)
+
+    def group_similarity(self, measure: str, *, level: float = 0.95) -> pd.DataFrame:
+        """Similarity within and between groups, see `vitprobe.tables.group_similarity`."""
+        return tables.group_similarity(self, measure, level)
+
+    def to_dataframe(self, measure: str) -> pd.DataFrame:
+        """The tidy table of one measure, see `vitprobe.tables.tidy`.
+
+        Raises:
+            ResultError: a measure that is not in this result.
+        """
+        return tables.tidy(self, measure)
 
     def thumbnails(self) -> xr.DataArray | None:
         """The first images, (sample, row, column, channel) uint8, or None."""
@@ -206,33 +462,6 @@ class Comparison:
         group = self.tree.children.get("samples")
         maps = None if group is None else group.children.get(str(self._index(name)))
         return None if maps is None else maps.to_dataset(inherit=False)
-
-    def to_dataframe(self, measure: str) -> pd.DataFrame:
-        """The tidy table of one measure.
-
-        `cka`: model_a, layer_a, model_b, layer_b, cka, standard_error, low, high, every pair once.
-        Attention measures: model, layer, head, the mean over images, its standard error, relative
-        value where defined, images, undefined_rows.
-
-        Raises:
-            ResultError: a measure that is not in this result.
-        """
-        if measure == "cka":
-            return self._similarity_table()
-        if measure == "first_direction_share":
-            share = self._group("tokens", "cka")["first_direction_share"]
-            return share.to_dataframe().reset_index(drop=True)
-        dataset = self._group("attention", measure)
-        values = dataset[measure].astype(float)
-        table = pd.DataFrame({key: dataset[key].values for key in ("model", "layer", "head")})
-        count = values.notnull().sum("image")
-        table[measure] = values.mean("image").values
-        table["standard_error"] = (values.std("image", ddof=1) / np.sqrt(count)).values
-        if f"{measure}_uniform" in dataset:
-            table["relative"] = table[measure] / dataset[f"{measure}_uniform"].values
-        table["images"] = count.values
-        table["undefined_rows"] = dataset[f"{measure}_undefined_rows"].sum("image").values
-        return table
 
     def save(self, path: str | Path) -> Path:
         """Write to a netCDF file (HDF5), moved into place when whole.
@@ -265,55 +494,39 @@ class Comparison:
             )
         return self.models.index(name)
 
-    def _mask(self, dataset: xr.Dataset, coordinate: str, name: str) -> np.ndarray:
+    def _dataset(self, measure: str) -> xr.Dataset:
+        return self.tree[self.group_of(measure)].to_dataset()
+
+    def _check_group(self, measure: str, group: str) -> None:
+        if self.group_of(measure) != group:
+            raise ResultError(f"'{measure}' is a measure of {self.group_of(measure)}, not {group}")
+
+    def _check_units(self, measure: str, relative: bool) -> None:
+        if relative and f"{measure}_uniform" not in self._dataset(measure):
+            raise ResultError(f"'{measure}' has no relative unit")
+
+    def _pair(self, measure: str, variable: str, a: str, b: str) -> xr.DataArray:
+        self._check_group(measure, "similarity")
+        for name in (a, b):
+            self._index(name)
+        return pair(self._dataset(measure), measure, variable, a, b)
+
+    def _columns(self, measure: str, variable: str, name: str) -> xr.DataArray:
         self._index(name)
-        return np.asarray(dataset[coordinate].values == name)
+        return columns(self._dataset(measure), variable, name)
 
-    def _group(self, group: str, measure: str) -> xr.Dataset:
-        known = self.measures
-        if group not in self.tree.children or measure not in known:
-            raise ResultError(
-                f"'{measure}' was not measured in this result.{suggest(measure, known)} "
-                f"It has {', '.join(self.measures)}."
-            )
-        return self.tree[group].to_dataset()
+    def _uniform(self, measure: str, name: str) -> xr.DataArray:
+        return by_head(self._columns(measure, f"{measure}_uniform", name))
 
-    def _pair(self, variable: str, a: str, b: str) -> xr.DataArray:
-        dataset = self._group("similarity", "cka")
-        rows = np.flatnonzero(self._mask(dataset, "model_a", a))
-        columns = np.flatnonzero(self._mask(dataset, "model_b", b))
-        array = dataset[variable].isel(feature_a=rows, feature_b=columns)
-        return xr.DataArray(
-            array.values,
-            dims=("layer_a", "layer_b"),
-            coords={"layer_a": array["layer_a"].values, "layer_b": array["layer_b"].values},
-            name=variable,
-            attrs={**array.attrs, "model_a": a, "model_b": b},
-        )
+    def _cut(
+        self, measure: str, low: np.ndarray, high: np.ndarray, scale: Any = 1.0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        attrs = self._dataset(measure)[measure].attrs
+        return np.maximum(low, attrs["least"] / scale), np.minimum(high, attrs["most"] / scale)
 
-    def _similarity_table(self) -> pd.DataFrame:
-        parts = []
-        for i, a in enumerate(self.models):
-            for b in self.models[i:]:
-                low, high = self.interval("cka", a, b)
-                part = pd.concat(
-                    [
-                        array.to_series().rename(name)
-                        for name, array in {
-                            "cka": self.cka(a, b),
-                            "standard_error": self._pair("cka_standard_error", a, b),
-                            "low": low,
-                            "high": high,
-                        }.items()
-                    ],
-                    axis=1,
-                ).reset_index()
-                if a == b:
-                    part = part[part["layer_a"] <= part["layer_b"]]
-                part.insert(0, "model_a", a)
-                part.insert(2, "model_b", b)
-                parts.append(part)
-        return pd.concat(parts, ignore_index=True)
+    @staticmethod
+    def _mean(array: xr.DataArray, dim: str) -> xr.DataArray:
+        return array.astype(float).mean(dim, skipna=True, keep_attrs=True)
 
 
 def open_result(path: str | Path) -> Comparison:
@@ -352,98 +565,11 @@ def _check_whole(result: Comparison) -> None:
         if name not in result.provenance:
             raise KeyError(f"its provenance has no {name}")
     for measure in result.measures:
-        group = "similarity" if measure == "cka" else "attention"
-        if group not in result.tree.children or measure not in result.tree[group]:
-            raise KeyError(f"it has no {measure}")
-        held = result.tree[group].to_dataset()["model_a" if measure == "cka" else "model"]
-        if set(held.values) != set(result.models):
+        try:
+            array = result.tree[result.group_of(measure)].to_dataset()[measure]
+        except ResultError:
+            raise KeyError(f"it has no {measure}") from None
+        column = str(array.dims[-1])
+        coordinate = {"feature_b": "model_a", "block": "block_model"}.get(column, "model")
+        if set(array[coordinate].values) != set(result.models):
             raise ValueError("its models are not those that its provenance names")
-
-
-def similarity_dataset(
-    features: Sequence[Feature],
-    *,
-    value: np.ndarray,
-    standard_error: np.ndarray,
-    sums: Mapping[str, np.ndarray],
-) -> xr.Dataset:
-    """The `similarity` group. All arrays are (features, features); `sums` are `CKA`'s state."""
-    names, layers = [model for model, _ in features], [layer for _, layer in features]
-    dims = ("feature_a", "feature_b")
-    return xr.Dataset(
-        {
-            "cka": (dims, value, {"long_name": "CKA", "units": "1"}),
-            "cka_standard_error": (dims, standard_error, {"long_name": "standard error of CKA"}),
-            **{f"cka_{key}": (dims, array) for key, array in sums.items()},
-        },
-        coords={
-            "model_a": ("feature_a", names),
-            "layer_a": ("feature_a", layers),
-            "model_b": ("feature_b", names),
-            "layer_b": ("feature_b", layers),
-        },
-    )
-
-
-def tokens_dataset(
-    features: Sequence[Feature],
-    *,
-    first_direction_share: np.ndarray,
-    first_direction_sums: np.ndarray,
-) -> xr.Dataset:
-    """The `tokens` group.
-
-    Args:
-        features: (model, layer) of each row.
-        first_direction_share: (features,).
-        first_direction_sums: (features, 2), the leading eigenvalue and the trace that it divides.
-    """
-    attrs = {"long_name": "share of variance along the first direction", "units": "1"}
-    return xr.Dataset(
-        {
-            "first_direction_share": ("feature", first_direction_share, attrs),
-            "first_direction_sums": (("feature", "sum"), first_direction_sums),
-        },
-        coords={
-            "model": ("feature", [model for model, _ in features]),
-            "layer": ("feature", [layer for _, layer in features]),
-        },
-    )
-
-
-def attention_dataset(
-    units: Sequence[Unit],
-    images: Sequence[str],
-    *,
-    values: Mapping[str, np.ndarray],
-    undefined_rows: Mapping[str, np.ndarray],
-    uniform: Mapping[str, np.ndarray],
-    info: Mapping[str, tuple[str, str]],
-) -> xr.Dataset:
-    """The `attention` group.
-
-    Args:
-        units: (model, block, head) of each column.
-        images: names, in order of processing.
-        values: by measure, (images, units) float32.
-        undefined_rows: by measure, (images, units) int32.
-        uniform: by measure with relative units, (units,).
-        info: by measure, (long name, unit).
-    """
-    dims = ("image", "unit")
-    variables: dict[str, Any] = {}
-    for name, array in values.items():
-        long_name, unit = info[name]
-        variables[name] = (dims, array, {"long_name": long_name, "units": unit})
-        variables[f"{name}_undefined_rows"] = (dims, undefined_rows[name])
-        if name in uniform:
-            variables[f"{name}_uniform"] = ("unit", uniform[name], {"units": unit})
-    return xr.Dataset(
-        variables,
-        coords={
-            "image": ("image", list(images)),
-            "model": ("unit", [model for model, _, _ in units]),
-            "layer": ("unit", [layer for _, layer, _ in units]),
-            "head": ("unit", [head for _, _, head in units]),
-        },
-    )

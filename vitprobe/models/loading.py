@@ -22,7 +22,7 @@ from vitprobe.models.model import Fact, Model, module_facts, statistics_facts
 from vitprobe.models.sources import ModelSpec, parse_spec, read_option
 from vitprobe.models.timm_models import configured_statistics, load_timm
 
-_RUN_ENCODER = "encoder.safetensors"
+RUN_ENCODER = "encoder.safetensors"
 _SUFFIXES = re.compile(r"(\.(pth|pt|bin|ckpt|tar|safetensors))+$")
 
 
@@ -52,11 +52,11 @@ def load(
     path = Path(parsed.target)
     if parsed.kind == "run":
         name = name or path.resolve().name
-        path /= _RUN_ENCODER
+        path /= RUN_ENCODER
         if not path.is_file():
             raise SourceError(
                 f"'{parsed.target}' is not a finished run of vitprobe pretrain: it holds no "
-                f"{_RUN_ENCODER}."
+                f"{RUN_ENCODER}."
             )
     stem = _SUFFIXES.sub("", path.name)
     return _load_file(

@@ -45,13 +45,13 @@ class ModelSpec:
 def parse_spec(text: str, **options: Any) -> ModelSpec:
     """Read a spec string; keyword `options` win over those in the string, None leaves them be.
 
-    A text that as a whole names an existing file is that file, commas and all.
+    A text that as a whole, or behind "init:", names an existing file is that file, commas and all.
 
     Raises SourceError for an empty spec, a source or option that does not exist (the nearest is
     suggested), one that does not apply to this kind of source, and a value that cannot be read.
     """
     text = text.strip()
-    target, *pieces = [text] if Path(text).is_file() else text.split(",")
+    target, *pieces = [text] if Path(text.removeprefix("init:")).is_file() else text.split(",")
     kind, target = _split_kind(target.strip(), text)
     if kind == "init" and Path(target).is_file():
         kind = "init_file"

@@ -1,0 +1,68 @@
+"""Writes measures.md from what every measure says about itself: `python docs/measures.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vitprobe.measures.base import Group, Info
+from vitprobe.measures.registry import MEASURES
+
+PAGE = Path(__file__).with_suffix(".md")
+
+OPENING = """# The measures
+
+Written by `docs/measures.py` from the measures' own descriptions (`vitprobe.measures.MEASURES`),
+which the Methods section of a report quotes too. The name in brackets is what `--measures` and
+`compare(measures=[...])` take; `all` takes every one.
+
+- **Invariant to**: what may be done to the input without changing the number, and nothing else may.
+  Transformations, scaling and shift are of the features of one layer (of either of two); images are
+  reordered in both; tokens or keys are reordered in every image alike.
+- **Streams**: *exact*: any split of the images gives the same number; *blocked*: the number belongs
+  to the block size (`--block`); *subset*: it is of the first `--max-images` images.
+- **Intervals** are pointwise, at 95 % unless asked otherwise. Differences between models are paired
+  over the same images; claims about methods take seeds as the unit; lists are corrected by Holm's
+  method.
+"""
+
+GROUPS: dict[Group, str] = {
+    "similarity": "Similarity of two layers",
+    "attention": "Attention of a head",
+    "tokens": "Tokens of a layer",
+}
+
+
+def page() -> str:
+    """The whole of measures.md."""
+    parts = [OPENING]
+    for group, title in GROUPS.items():
+        parts.append(f"## {title}\n")
+        parts += [_entry(info) for info in MEASURES.values() if info.group == group]
+    return "\n".join(parts)
+
+
+def _entry(info: Info) -> str:
+    lines = {
+        "Formula": info.formula,
+        "Source": info.source,
+        "Unit": info.unit or "none",
+        "Range": info.range,
+        "Direction": info.direction,
+        "Invariant to": ", ".join(info.invariances) or "nothing listed above",
+        "Streams": info.streams,
+        "Interval": info.interval,
+        "Null": info.null,
+        "Caveats": info.caveats,
+        "Elsewhere": info.elsewhere,
+    }
+    items = "\n".join(f"- **{key}**: {_plain(text)}" for key, text in lines.items())
+    return f"### {info.title} (`{info.name}`)\n\n{_plain(info.what)}\n\n{items}\n"
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return text.replace("*", r"\*").replace("<", "&lt;")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
