@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from vitprobe.measures.registry import MEASURES
-from vitprobe.results import (
-    Comparison,
+from vitprobe.datasets import (
+    FourierArrays,
+    LayerArrays,
+    SimilarityArrays,
     attention_dataset,
     similarity_dataset,
     tokens_dataset,
 )
+from vitprobe.measures.registry import MEASURES, PER_BLOCK, SYMMETRIC
+from vitprobe.results import Comparison
 
 ALL = ("cka", "attention_distance", "attention_entropy", "sink_mass")
+TOKENS = ("token_cosine", "effective_rank", "fourier_amplitude", "norm_outliers", "rankme")
+EVERY = tuple(name for name in MEASURES if name != "first_direction_share")
 
 
 @dataclass
@@ -33,6 +39,7 @@ class Subject:
     entropy: np.ndarray | None = None
     sink: np.ndarray | None = None
     share: np.ndarray | None = None  # (depth + 1,)
+    tokens: Mapping[str, np.ndarray] = field(default_factory=dict)  # (n, depth + 1) by measure
     extra: dict[str, Any] = field(default_factory=dict)
 
     def uniform_distance(self) -> float:
@@ -93,23 +100,36 @@ def comparison(
     measures: tuple[str, ...] = ALL,
     cka: Mapping[tuple[str, str], np.ndarray] | None = None,
     error: float = 0.02,
+    floor: float | np.ndarray = 0.05,
     notes: tuple[str, ...] = (),
     estimator: str = "unbiased",
+    groups: Mapping[str, Sequence[str]] | None = None,
+    references: Mapping[str, str] | None = None,
     seed: int = 0,
 ) -> Comparison:
     """A Comparison of `subjects`; what they leave open is filled in from `seed`.
 
     `cka` gives blocks (layers of a, layers of b) for some pairs; `error` is the standard error of
-    every cell that is not on a diagonal, and there is none with the biased estimator.
+    every cell that is not on a diagonal, and there is none with the biased estimator. `floor` is
+    that of every cell, one number or (features, features).
     """
     rng = np.random.default_rng(seed)
-    groups: dict[str, Any] = {}
-    if "cka" in measures:
-        groups["similarity"], groups["tokens"] = _similarity(
-            subjects, cka or {}, error if estimator == "unbiased" else np.nan, rng
+    by_group = {
+        group: [m for m in measures if MEASURES[m].group == group]
+        for group in ("similarity", "attention", "tokens")
+    }
+    datasets: dict[str, Any] = {}
+    if by_group["similarity"]:
+        errors = error if estimator == "unbiased" else np.nan
+        datasets["similarity"] = _similarity(
+            subjects, by_group["similarity"], cka or {}, errors, floor, images, rng
         )
-    if wanted := [measure for measure in measures if measure != "cka"]:
-        groups["attention"] = _attention(subjects, wanted, images, rng)
+    if by_group["tokens"] or "cka" in measures:
+        datasets["tokens"] = _tokens(
+            subjects, by_group["tokens"], images, rng, shares="cka" in measures
+        )
+    if by_group["attention"]:
+        datasets["attention"] = _attention(subjects, by_group["attention"], images, rng)
     provenance = {
         "models": [subject.describe(name) for name, subject in subjects.items()],
         "measures": list(measures),
@@ -129,6 +149,7 @@ def comparison(
         "python": "3.11.2",
         "platform": "Linux x86_64",
         "estimator": estimator,
+        "max_images": 256,
         "images": {
             "source": "photos.zip",
             "count": images,
@@ -136,17 +157,26 @@ def comparison(
             "undecodable": [],
         },
         "command": "vitprobe compare A=a.pth B=b.pth --images photos.zip --out out",
+        **({"groups": {name: list(names) for name, names in groups.items()}} if groups else {}),
+        **({"references": dict(references)} if references else {}),
     }
-    return Comparison.assemble(groups, provenance)
+    return Comparison.assemble(datasets, provenance)
+
+
+def _features(subjects: Mapping[str, Subject]) -> list[tuple[str, int]]:
+    return [(name, i) for name, subject in subjects.items() for i in range(subject.depth + 1)]
 
 
 def _similarity(
     subjects: Mapping[str, Subject],
+    measures: list[str],
     given: Mapping[tuple[str, str], np.ndarray],
     error: float,
+    floor: float | np.ndarray,
+    images: int,
     rng: np.random.Generator,
-) -> tuple[Any, Any]:
-    features = [(name, i) for name, subject in subjects.items() for i in range(subject.depth + 1)]
+) -> Any:
+    features = _features(subjects)
     start = rng.normal(size=24)
     walks = [
         start + np.cumsum(rng.normal(size=(subject.depth + 1, 24)) * 0.4, axis=0)
@@ -154,66 +184,137 @@ def _similarity(
     ]
     points = np.concatenate(walks)
     points /= np.linalg.norm(points, axis=1, keepdims=True)
-    value = (points @ points.T) ** 2
+    alike = (points @ points.T) ** 2
     names = np.array([name for name, _ in features])
-    for (a, b), block in given.items():
-        value[np.ix_(names == a, names == b)] = block
-        value[np.ix_(names == b, names == a)] = block.T
-    standard_error = np.full_like(value, error)
-    np.fill_diagonal(standard_error, np.nan)
-    shares = [
-        np.linspace(0.2, 0.4, subject.depth + 1) if subject.share is None else subject.share
-        for subject in subjects.values()
-    ]
-    share = np.concatenate(shares)
-    return (
-        similarity_dataset(features, value=value, standard_error=standard_error, sums={}),
-        tokens_dataset(
-            features,
-            first_direction_share=share,
-            first_direction_sums=np.stack([share, np.ones_like(share)], axis=-1),
-        ),
+    arrays = {}
+    for index, measure in enumerate(measures):
+        value = alike ** (1 + index / 4)
+        if not SYMMETRIC[measure]:
+            value = value * np.linspace(0.7, 1, len(value))
+        np.fill_diagonal(value, 1)
+        if measure == "cka":
+            for (a, b), block in given.items():
+                value[np.ix_(names == a, names == b)] = block
+                value[np.ix_(names == b, names == a)] = block.T
+        errors = np.full_like(value, error)
+        np.fill_diagonal(errors, np.nan)
+        arrays[measure] = SimilarityArrays(
+            value=value,
+            standard_error=errors,
+            floor=np.broadcast_to(floor, value.shape).astype(float),
+            degrees=math.inf if measure.startswith("cka") else 9,
+            images=images if measure.startswith("cka") else min(images, 256),
+        )
+    return similarity_dataset(features, measures=arrays)
+
+
+def _tokens(
+    subjects: Mapping[str, Subject],
+    measures: list[str],
+    images: int,
+    rng: np.random.Generator,
+    *,
+    shares: bool,
+) -> Any:
+    features = _features(subjects)
+    per_image: dict[str, np.ndarray] = {}
+    for measure in (name for name in measures if name != "rankme"):
+        columns = []
+        for subject in subjects.values():
+            values = subject.tokens.get(measure)
+            if values is None:
+                low, high = {
+                    "effective_rank": (12, 90),
+                    "norm_outliers": (0.0, 0.08),
+                    "fourier_amplitude": (-0.8, -4.0),
+                }.get(measure, (0.1, 0.9))
+                slope = np.linspace(low, high, subject.depth + 1)
+                own = rng.normal() * 0.06 + rng.normal(size=(images, subject.depth + 1)) * 0.12
+                values = slope + own * (high - low)
+                if measure == "norm_outliers":
+                    values = np.clip(values, 0, 1)
+            columns.append(np.broadcast_to(values, (images, subject.depth + 1)))
+        per_image[measure] = np.concatenate(columns, axis=1).astype(np.float32)
+    per_layer = {}
+    sums = None
+    if shares:
+        share = np.concatenate(
+            [
+                np.linspace(0.2, 0.4, subject.depth + 1) if subject.share is None else subject.share
+                for subject in subjects.values()
+            ]
+        )
+        per_layer["first_direction_share"] = LayerArrays(share)
+        sums = np.stack([share, np.ones_like(share)], axis=-1)
+    if "rankme" in measures:
+        rank = 40 + 8 * rng.normal(size=len(features)).cumsum() / np.sqrt(len(features))
+        per_layer["rankme"] = LayerArrays(rank, np.full(len(features), 1.5), 9)
+    fourier = None
+    if "fourier_amplitude" in measures:
+        fourier = _fourier(subjects, per_image["fourier_amplitude"].mean(0))
+    return tokens_dataset(
+        features,
+        [f"{i:04d}.jpg" for i in range(images)],
+        per_image=per_image,
+        per_layer=per_layer,
+        first_direction_sums=sums,
+        fourier=fourier,
     )
+
+
+def _fourier(subjects: Mapping[str, Subject], ends: np.ndarray) -> FourierArrays:
+    """Straight lines from 0 at frequency 0 to `ends` at the highest frequency of each grid."""
+    steps = [min(s.grid) // 2 + 1 for s in subjects.values() for _ in range(s.depth + 1)]
+    shape = (len(steps), max(steps))
+    frequency, curve, error = (np.full(shape, np.nan) for _ in range(3))
+    for row, (count, end) in enumerate(zip(steps, ends, strict=True)):
+        frequency[row, :count] = np.linspace(0, 1, count)
+        curve[row, :count] = frequency[row, :count] * end
+        error[row, 1:count] = 0.03
+    return FourierArrays(frequency, curve, error)
 
 
 def _attention(
     subjects: Mapping[str, Subject], measures: list[str], images: int, rng: np.random.Generator
 ) -> Any:
-    units = [
-        (name, block, head)
-        for name, subject in subjects.items()
-        for block in range(subject.depth)
-        for head in range(subject.heads)
-    ]
+    blocks = [(name, block) for name, subject in subjects.items() for block in range(subject.depth)]
+    units = [(name, block, h) for name, block in blocks for h in range(subjects[name].heads)]
     columns: dict[str, list[np.ndarray]] = {measure: [] for measure in measures}
     uniform: dict[str, list[np.ndarray]] = {}
     for subject in subjects.values():
-        shape = (images, subject.depth, subject.heads)
         ramp = np.linspace(0.3, 0.95, subject.depth)[:, None]
         chosen = {
             "attention_distance": subject.distance,
             "attention_entropy": subject.entropy,
             "sink_mass": subject.sink,
         }
+        distance, entropy = subject.uniform_distance(), subject.uniform_entropy()
         scale = {
-            "attention_distance": subject.uniform_distance(),
-            "attention_entropy": subject.uniform_entropy(),
-            "attention_distance_raw": subject.uniform_distance(),
+            "attention_distance": distance,
+            "attention_distance_raw": distance,
+            "attention_distance_q10": distance,
+            "attention_distance_q50": distance,
+            "attention_distance_q90": distance,
+            "attention_entropy": entropy,
+            "attention_entropy_raw": entropy,
             "attention_entropy_all": float(np.log(np.prod(subject.grid) + subject.prefix)),
+            "class_attention_entropy": entropy,
+            "rollout_distance": distance,
+            "rollout_distance_max": distance,
         }
+        own = rng.normal() * 0.05
         for measure in measures:
+            shape = (images, subject.depth, 1 if measure in PER_BLOCK else subject.heads)
             values = chosen.get(measure)
             if values is None:
                 spread = rng.normal(size=shape[1:]) * 0.12 + rng.normal(size=shape) * 0.02
-                values = np.clip(ramp + spread, 0.02, 1.1)
+                values = np.clip(ramp + own + spread, 0.02, 1.1)
                 if measure == "sink_mass":
                     values = np.clip(values - 0.4, 0, 1) if subject.prefix else values * 0
             values = np.broadcast_to(values, shape) * scale.get(measure, 1.0)
             columns[measure].append(values.reshape(images, -1).astype(np.float32))
             if measure in scale:
-                uniform.setdefault(measure, []).append(
-                    np.full(subject.depth * subject.heads, scale[measure])
-                )
+                uniform.setdefault(measure, []).append(np.full(shape[1] * shape[2], scale[measure]))
     values = {measure: np.concatenate(parts, axis=1) for measure, parts in columns.items()}
     return attention_dataset(
         units,
@@ -221,5 +322,5 @@ def _attention(
         values=values,
         undefined_rows={m: np.isnan(v).astype(np.int32) for m, v in values.items()},
         uniform={measure: np.concatenate(parts) for measure, parts in uniform.items()},
-        info={measure: (MEASURES[measure].title, MEASURES[measure].unit) for measure in measures},
+        blocks=blocks,
     )

@@ -11,13 +11,15 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from matplotlib.collections import QuadMesh
-from plots.synthetic import Subject, comparison
+from matplotlib.collections import FillBetweenPolyCollection, LineCollection, QuadMesh
+from plots.synthetic import ALL, TOKENS, Subject, comparison
 
 from vitprobe import plots
 from vitprobe.errors import ResultError
-from vitprobe.plots.attention import heads, needs_relative
-from vitprobe.plots.style import layer_ticks, shorten
+from vitprobe.plots.attention import heads, limits_of
+from vitprobe.plots.similarity import below_floor
+from vitprobe.plots.style import color_of, layer_ticks, shorten, subjects
+from vitprobe.results import Comparison
 
 
 @pytest.fixture(autouse=True)
@@ -177,27 +179,212 @@ def test_undefined_blocks_leave_a_gap():
 
 
 def test_units_are_relative_where_uniform_attention_differs(alike, unlike):
-    assert not needs_relative(alike, "attention_distance")
-    assert needs_relative(unlike, "attention_distance")
-    assert needs_relative(unlike, "attention_entropy")
-    assert not needs_relative(unlike, "sink_mass")
+    assert not alike.needs_relative("attention_distance", alike.models)
+    assert unlike.needs_relative("attention_distance", unlike.models)
+    assert unlike.needs_relative("attention_entropy", unlike.models)
+    assert not unlike.needs_relative("sink_mass", unlike.models)
     assert "relative" in plots.attention_overlay(unlike, "attention_distance").get_ylabel()
     assert "px" in plots.attention_overlay(alike, "attention_distance").get_ylabel()
 
 
 def test_same_grid_of_other_patches_compares_nats_but_not_pixels():
     result = comparison({"A": Subject(2, patch=16), "B": Subject(2, patch=8)})
-    assert needs_relative(result, "attention_distance")
-    assert not needs_relative(result, "attention_entropy")
+    assert result.needs_relative("attention_distance", result.models)
+    assert not result.needs_relative("attention_entropy", result.models)
 
 
-def test_overlay_draws_the_median_head_of_every_model_in_its_colour(alike):
+def test_overlay_draws_the_mean_with_its_interval_and_the_middle_half_of_the_heads(alike):
     ax = plots.attention_overlay(alike, "attention_entropy")
-    labels = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert labels == ["MAE", "DeiT"]
-    median = alike.attention_entropy("MAE").median("head").values
-    np.testing.assert_allclose(ax.lines[0].get_ydata(), median, rtol=1e-6)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["MAE", "DeiT"]
     assert [line.get_color() for line in ax.lines[:2]] == ["#0072b2", "#d55e00"]
+    table = alike.by_layer("attention_entropy", "MAE")
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), table["value"].values)
+    assert_band(ax, table)
+    bars = next(c for c in ax.collections if isinstance(c, LineCollection))
+    ends = np.array([segment[:, 1] for segment in bars.get_segments()])
+    heads_ = alike.attention_entropy("MAE")
+    np.testing.assert_allclose(ends.T, heads_.quantile((0.25, 0.75), "head").values)
+
+
+def assert_band(ax, table):
+    """The first band of an axes has the ends of the interval as its edges."""
+    band = next(c for c in ax.collections if isinstance(c, FillBetweenPolyCollection))
+    corners = band.get_paths()[0].vertices
+    for layer, low, high in zip(*(table[k].values for k in ("layer", "low", "high")), strict=True):
+        edges = corners[corners[:, 0] == layer, 1]
+        np.testing.assert_allclose([edges.min(), edges.max()], [low, high])
+
+
+def test_overlay_of_a_measure_that_fuses_the_heads_has_no_bars():
+    result = comparison({"A": Subject(3), "B": Subject(3)}, measures=("rollout_distance",))
+    ax = plots.attention_overlay(result, "rollout_distance")
+    assert not [c for c in ax.collections if isinstance(c, LineCollection)]
+    assert_band(ax, result.by_layer("rollout_distance", "A"))
+
+
+@pytest.mark.parametrize("measure", TOKENS)
+def test_token_curves_have_the_interval_as_their_band(measure):
+    result = comparison({"A": Subject(3), "B": Subject(2)}, measures=TOKENS)
+    ax = plots.token_curves(result, measure)
+    np.testing.assert_allclose(ax.lines[1].get_ydata(), result.tokens(measure, "B").values)
+    assert_band(ax, result.by_layer(measure, "A"))
+    assert ax.get_xlabel() == "Layer"
+
+
+def test_spectra_run_to_the_highest_frequency_with_their_bands():
+    result = comparison({"A": Subject(3)}, measures=("fourier_amplitude",))
+    ax = plots.fourier_curves(result, "A")
+    spectra = result.fourier_curves("A")
+    assert len(ax.lines) == 4
+    for line, value in zip(ax.lines, spectra["value"].values, strict=True):
+        np.testing.assert_allclose(line.get_ydata(), value)
+    assert ax.get_xlim() == (0, 1)
+    assert "π rad per patch" in ax.get_xlabel()
+    band = next(c for c in ax.collections if isinstance(c, FillBetweenPolyCollection))
+    edges = band.get_paths()[0].vertices
+    ends = edges[edges[:, 0] == 1, 1]
+    expected = [spectra[key].values[0, -1] for key in ("low", "high")]
+    np.testing.assert_allclose([ends.min(), ends.max()], expected)
+
+
+def test_dotted_cells_are_exactly_those_that_do_not_exceed_their_floor():
+    block = np.array([[0.5, 0.1, 0.9], [np.nan, 0.2, 0.7]])
+    floor = np.full((5, 5), 0.2)
+    floor[1, 4] = 0.75  # the last cell of the block has a floor of its own
+    result = comparison({"A": Subject(1), "B": Subject(2)}, cka={("A", "B"): block}, floor=floor)
+    ax = plots.cka_heatmap(result, "A", "B")
+    dots = {
+        (round(y - 0.5), round(x - 0.5)): line.get_color()
+        for line in ax.lines
+        for x, y in zip(*line.get_data(), strict=True)
+    }
+    assert dots == {(0, 1): "white", (1, 1): "white", (1, 2): "#111111"}
+    assert set(
+        zip(
+            *np.nonzero(below_floor(result.cka("A", "B"), result.floor("cka", "A", "B"))),
+            strict=True,
+        )
+    ) == set(dots)
+    (bar,) = ax.child_axes
+    (bracket,) = (line for line in bar.lines if line.get_gid() == "floors")
+    assert (min(bracket.get_ydata()), max(bracket.get_ydata())) == (0.2, 0.75)
+
+
+def test_without_a_floor_there_are_no_dots_and_no_bracket():
+    result = comparison({"A": Subject(2)}, floor=np.nan)
+    ax = plots.cka_heatmap(result, "A", "A")
+    assert not ax.lines
+    assert not [text for text in ax.child_axes[0].texts if text.get_text() == "floor"]
+
+
+def test_widths_of_intervals_are_drawn_on_a_scale_of_their_own():
+    result = comparison({"A": Subject(2), "B": Subject(2)}, error=0.01)
+    ax = plots.interval_width(result, "cka", "A", "B")
+    low, high = result.interval("cka", "A", "B")
+    np.testing.assert_allclose(mesh_of(ax).get_array(), (high - low).values)
+    assert mesh_of(ax).get_clim() == (0, float((high - low).max()))
+    own = plots.interval_width(result, "cka", "A", "A")
+    assert mesh_of(own).get_array().mask.sum() == 3  # a layer with itself has none
+    assert mesh_of(ax).get_cmap() != mesh_of(plots.cka_heatmap(result, "A", "B")).get_cmap()
+
+
+def test_grid_of_a_measure_that_is_not_symmetric_has_all_ordered_pairs():
+    result = comparison({"A": Subject(2), "B": Subject(1)}, measures=("linear_regression", "svcca"))
+    for measure, count in (("linear_regression", 4), ("svcca", 3)):
+        axes = plots.similarity_grid(result, measure).axes
+        assert sum(ax.get_aspect() == 1 for ax in axes) == count
+    ax = plots.similarity_heatmap(result, "linear_regression", "A", "B")
+    assert ax.get_ylabel() == "Layer of A, predicted"
+    assert ax.get_xlabel() == "Layer of B, predicting"
+
+
+def test_forest_shows_every_difference_with_its_interval_and_verdict():
+    same = np.random.default_rng(0).normal(0.5, 0.02, (64, 2, 2))
+    subjects_ = {
+        "A": Subject(2, 2, distance=same),
+        "B": Subject(2, 2, distance=same + np.where(np.arange(64) % 2, 1, -1)[:, None, None] / 99),
+        "C": Subject(2, 2, distance=same + 0.2),
+    }
+    result = comparison(subjects_, measures=("attention_distance",))
+    figure = plots.differences(result)
+    table = result.differences()
+    assert set(table["verdict"]) == {"cannot be told apart", "lower"}
+    (ax,) = figure.axes
+    drawn = [line for line in ax.lines if line.get_marker() != "o"][: len(table)]
+    points = [line for line in ax.lines if line.get_marker() == "o"]
+    for i, row in enumerate(table.itertuples()):
+        np.testing.assert_allclose(drawn[i].get_xdata(), [row.low, row.high])
+        assert points[i].get_xdata() == row.difference
+        undecided = row.verdict == "cannot be told apart"
+        assert (points[i].get_markerfacecolor() == "none") == undecided
+        assert (points[i].get_color() == "#6e7781") == undecided
+
+
+def test_forest_of_nothing_is_refused():
+    with pytest.raises(ResultError, match="two models and a measure of every image"):
+        plots.differences(comparison({"A": Subject(2)}))
+
+
+def test_pairs_in_other_units_have_a_panel_of_their_own():
+    result = comparison(
+        {"A": Subject(2), "B": Subject(2), "C": Subject(2, grid=(7, 7))},
+        measures=("attention_distance",),
+    )
+    labels = [ax.get_xlabel() for ax in plots.differences(result).axes]
+    assert labels == ["A − B (px)", "A − B (relative to uniform)"]
+
+
+def seeds() -> Comparison:
+    names = [f"{method} {i}" for method in ("MAE", "DINO") for i in (1, 2, 3)]
+    groups = {"MAE": names[:3], "DINO": names[3:]}
+    return comparison({name: Subject(2) for name in names}, measures=ALL + TOKENS, groups=groups)
+
+
+@pytest.mark.parametrize("measure", ["attention_distance", "token_cosine", "rankme"])
+def test_seeds_are_points_beside_the_interval_over_them(measure):
+    result = seeds()
+    ax = plots.group_spread(result, measure)
+    means = result.group_means([measure])
+    bars = [line for line in ax.lines if line.get_gid() == "interval"]
+    points = [line for line in ax.lines if line.get_marker() == "o"]
+    for bar, seeds_, row in zip(bars, points, means.itertuples(), strict=True):
+        np.testing.assert_allclose(bar.get_xdata(), [row.low, row.high])
+        assert len(seeds_.get_xdata()) == 3
+        assert np.mean(seeds_.get_xdata()) == pytest.approx(row.mean)
+    labels = [tick.get_text() for tick in ax.get_yticklabels()]
+    assert labels == [f"{row.group} (3)" for row in means.itertuples()]
+
+
+def test_spread_of_seeds_needs_groups(alike):
+    with pytest.raises(ResultError, match="no groups of seeds"):
+        plots.group_spread(alike, "attention_distance")
+
+
+def test_seeds_of_a_group_share_a_colour_and_an_entry_of_the_legend():
+    result = seeds()
+    assert len({color_of(result, name) for name in result.models[:3]}) == 1
+    assert color_of(result, "MAE 1") != color_of(result, "DINO 1")
+    legend = plots.attention_overlay(result, "attention_distance").get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["MAE", "DINO"]
+
+
+def test_untrained_twins_are_dashed_in_the_colour_of_their_model():
+    result = comparison(
+        {name: Subject(2) for name in ("A", "B", "B (untrained)")},
+        measures=(*ALL, "token_cosine"),
+        references={"B": "B (untrained)"},
+    )
+    assert subjects(result) == ("A", "B")
+    for ax in (
+        plots.attention_overlay(result, "attention_distance"),
+        plots.token_curves(result, "token_cosine"),
+    ):
+        own, twin = ax.lines[1:3]
+        assert (own.is_dashed(), twin.is_dashed()) == (False, True)
+        assert own.get_color() == twin.get_color()
+        legend = [text.get_text() for text in ax.get_legend().get_texts()]
+        assert legend == ["A", "B", "untrained twin"]
+    assert len([ax for ax in plots.cka_grid(result).axes if ax.get_aspect() == 1]) == 3
 
 
 def test_panels_share_scales_and_show_sink_mass_beside(unlike):
@@ -216,8 +403,19 @@ def test_panels_of_sink_mass_alone():
 
 
 def test_shared_scale_holds_all_models(alike):
-    tops = {heads(alike, "attention_distance", n, shared=True).get_ylim() for n in alike.models}
-    assert len(tops) == 1
+    limits = limits_of(alike, "attention_distance", alike.models, relative=False)
+    drawn = {heads(alike, "attention_distance", n, limits=limits).get_ylim() for n in alike.models}
+    assert drawn == {limits}
+    highest = max(float(alike.attention_distance(name).max()) for name in alike.models)
+    assert limits[1] > highest
+
+
+def test_every_head_has_its_interval(alike):
+    ax = plots.attention_distance(alike, "MAE")
+    lines = next(c for c in ax.collections if isinstance(c, LineCollection))
+    ends = np.array([segment[:, 1] for segment in lines.get_segments()])
+    low, high = alike.interval("attention_distance", "MAE")
+    np.testing.assert_allclose(ends, np.stack([low.values.ravel(), high.values.ravel()], axis=1))
 
 
 def test_first_direction_share_of_every_model(unlike):
@@ -266,6 +464,8 @@ def save_some(out: Path) -> None:
     plots.save(plots.cka_grid(result), out / "grid")
     plots.save(plots.attention_panels(result, "attention_distance"), out / "panels")
     plots.save(plots.attention_overlay(result, "attention_entropy"), out / "overlay")
+    plots.save(plots.interval_width(result, "cka", "A", "B"), out / "width")
+    plots.save(plots.differences(result), out / "differences")
 
 
 def test_pdf_and_svg_are_byte_identical_in_another_process(tmp_path):
@@ -283,7 +483,7 @@ def test_pdf_and_svg_are_byte_identical_in_another_process(tmp_path):
         env={**os.environ, "PYTHONHASHSEED": "7", "MPLBACKEND": "agg"},
     )
     files = [path for path in here.iterdir() if path.suffix in {".pdf", ".svg"}]
-    assert len(files) == 6
+    assert len(files) == 10
     for path in files:
         assert path.read_bytes() == (there / path.name).read_bytes(), path.name
 

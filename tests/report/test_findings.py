@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from plots.synthetic import Subject, comparison
+from plots.synthetic import ALL, TOKENS, Subject, comparison
 
 from vitprobe.report import findings
+from vitprobe.report.lists import Lists, lists_of
 
 NBSP = "\N{NO-BREAK SPACE}"
 MINUS = "\N{MINUS SIGN}"
@@ -26,7 +27,9 @@ def test_extremes_of_a_pair_with_intervals():
     block = np.full((4, 3), 0.5)
     block[2, 1] = 0.9
     block[3, 0] = -0.1
-    result = comparison({"A": Subject(3), "B": Subject(2)}, cka={("A", "B"): block}, error=0.01)
+    result = comparison(
+        {"A": Subject(3), "B": Subject(2)}, cka={("A", "B"): block}, error=0.01, floor=np.nan
+    )
     extremes, mean = map(plain, findings.similarity(result, "A", "B"))
     assert extremes == (
         "Layer 2 of A and layer 1 of B are most alike (CKA 0.90 [0.88, 0.92]), layers 3 and 0 "
@@ -39,7 +42,7 @@ def test_ties_and_undefined_cells_are_said():
     block = np.full((3, 3), 0.5)
     block[0, 0] = block[1, 1] = 0.8
     block[2, 2] = np.nan
-    result = comparison({"A": Subject(2), "B": Subject(2)}, cka={("A", "B"): block})
+    result = comparison({"A": Subject(2), "B": Subject(2)}, cka={("A", "B"): block}, floor=np.nan)
     extremes, _, undefined = map(plain, findings.similarity(result, "A", "B"))
     assert extremes == (
         "2 layer pairs of A and B are most alike (CKA 0.80), 6 layer pairs least (0.50)."
@@ -49,7 +52,7 @@ def test_ties_and_undefined_cells_are_said():
 
 def test_a_flat_or_empty_pair():
     flat = {("A", "B"): np.full((2, 2), 0.25)}
-    result = comparison({"A": Subject(1), "B": Subject(1)}, cka=flat)
+    result = comparison({"A": Subject(1), "B": Subject(1)}, cka=flat, floor=np.nan)
     assert findings.similarity(result, "A", "B") == ["All 4 layer pairs of A and B have CKA 0.25."]
     empty = {("A", "B"): np.full((2, 2), np.nan)}
     result = comparison({"A": Subject(1), "B": Subject(1)}, cka=empty)
@@ -61,8 +64,8 @@ def test_a_flat_or_empty_pair():
 
 def test_a_model_with_itself_leaves_the_diagonal_out():
     own = np.array([[1, 0.9, 0.3], [0.9, 1, 0.6], [0.3, 0.6, 1]])
-    result = comparison({"A": Subject(2)}, cka={("A", "A"): own}, error=0.01)
-    assert findings.similarity(result, "A", "A") == [
+    result = comparison({"A": Subject(2)}, cka={("A", "A"): own}, error=0.01, floor=np.nan)
+    assert [plain(text) for text in findings.similarity(result, "A", "A")] == [
         "Within A, layers 0 and 2 are least alike (CKA 0.30 [0.28, 0.32]).",
         "From one layer to the next, most changes between layers 1 and 2 (0.60 [0.58, 0.62]).",
     ]
@@ -80,7 +83,7 @@ def test_pairs_are_ranked_by_their_mean():
         "Over all layers, A and B are the most alike pair of models (mean CKA 0.70) and A and C "
         "the least (0.10)."
     )
-    assert findings.last_layers(result) == [
+    assert [plain(text) for text in findings.last_layers(result)] == [
         "CKA of the last layers is 0.70 [0.68, 0.72] for A and B, 0.20 [0.18, 0.22] for B and C "
         "and 0.10 [0.08, 0.12] for A and C."
     ]
@@ -103,8 +106,7 @@ def test_the_most_local_model_is_named_with_a_paired_interval():
     sentence = plain(findings.locality(result))
     assert sentence.startswith("In the first 2 blocks, near attends most locally, ahead of far by ")
     assert "paired over 64 images" in sentence
-    uniform = Subject().uniform_distance()
-    assert f"near {near.mean() * uniform:.1f} px" in sentence
+    assert f"near {near.mean() * Subject().uniform_distance():.1f} px [" in sentence
 
 
 def test_only_the_first_quarter_of_the_blocks_counts():
@@ -119,13 +121,14 @@ def test_models_whose_paired_difference_holds_zero_are_not_told_apart():
     b = a + np.where(np.arange(64) % 2, 0.01, -0.01)[:, None, None]
     subjects = {"A": Subject(4, 2, distance=a), "B": Subject(4, 2, distance=b)}
     sentence = plain(findings.locality(comparison(subjects)))
-    assert "cannot be told apart by these 64 images" in sentence
+    assert "A and B cannot be told apart: they differ by 0.0 px [-0.3, 0.3]" in sentence
     assert "most locally" not in sentence
 
 
 def test_equal_models_are_equal():
     subjects = {name: Subject(4, 2, entropy=np.full((4, 2), 0.5)) for name in "ABC"}
-    sentence = findings.focus(comparison(subjects))
+    result = comparison(subjects)
+    sentence = findings.focus(result, lists_of(result))
     assert sentence.startswith("Over all blocks, A, B and C attend equally narrowly.")
 
 
@@ -144,7 +147,7 @@ def test_one_model_is_described_alone():
         f"In the first block, A has a mean attention distance of {value:.1f} px "
         "(50 % of uniform attention)."
     )
-    assert len(findings.summary(result)) == 4
+    assert len(findings.summary(result, lists_of(result))) == 4
 
 
 def test_one_image_is_too_few_to_judge():
@@ -228,7 +231,8 @@ def test_assumed_facts_are_said_with_their_values():
 def test_whole_rows_and_columns_that_tie_are_named():
     block = np.repeat([[0.2], [0.9], [0.4]], 3, axis=1)
     own = {("B", "B"): np.full((3, 3), 0.9999)}
-    result = comparison({"A": Subject(2), "B": Subject(2)}, cka={("A", "B"): block, **own})
+    blocks = {("A", "B"): block, **own}
+    result = comparison({"A": Subject(2), "B": Subject(2)}, cka=blocks, floor=np.nan)
     assert findings.similarity(result, "A", "B")[0] == (
         "Layer 1 of A and layers 0 to 2 of B are most alike (CKA 0.90), layer 0 of A and layers 0 "
         "to 2 of B least (0.20)."
@@ -274,8 +278,180 @@ def test_captions_are_relative_where_the_figures_are():
     assert "% of uniform" in plain(findings.trend(comparison(subjects), "attention_distance", "A"))
 
 
+def test_cells_that_do_not_exceed_their_floor_are_counted():
+    block = np.array([[0.5, 0.04], [0.05, np.nan]])
+    subjects = {"A": Subject(1), "B": Subject(1)}
+    result = comparison(subjects, cka={("A", "B"): block}, floor=0.05)
+    how = " The floor (bracket at the colour bar) is what shuffling the images of one side reaches."
+    assert findings.floors(result, "cka", [("A", "B")]) == [
+        f"2 of 3 cells do not exceed their floor and are dotted.{how}"
+    ]
+    assert findings.similarity(result, "A", "B")[-1].startswith("2 of 3 cells")
+    assert findings.floors(result, "cka", [("A", "A")]) == [f"Every cell exceeds its floor.{how}"]
+    high = comparison(subjects, cka={("A", "B"): block}, floor=0.6)
+    assert findings.floors(high, "cka", [("A", "B")])[0].startswith("All 3 cells do not exceed")
+    low = comparison(subjects, cka={("A", "B"): block}, floor=0.04)
+    assert findings.floors(low, "cka", [("A", "B")])[0].startswith("1 of 3 cells does not exceed")
+    none = comparison(subjects, floor=np.nan)
+    assert findings.floors(none, "cka", [("A", "B")]) == []
+
+
+def test_widths_of_intervals_in_words():
+    result = comparison({"A": Subject(1), "B": Subject(1)}, error=0.01)
+    text = plain(findings.widths(result, "cka", "A", "B"))
+    assert text.endswith("one cell at a time: 0.0392 in the middle, 0.0392 at most.")
+    biased = comparison({"A": Subject(1), "B": Subject(1)}, estimator="biased")
+    assert findings.widths(biased, "cka", "A", "B") == "No cell has an interval."
+
+
+def test_a_difference_that_holm_does_not_let_stand_is_not_claimed():
+    rng = np.random.default_rng(0)
+    near = constant(0.3, noise=0.05)
+    # The interval of one difference alone leaves 0 out; as one of 30 it does not count.
+    shift = rng.normal(size=64)
+    shift = 0.001 + 0.004 * (shift - shift.mean()) / shift.std(ddof=1)
+    subjects = {
+        "A": Subject(4, 2, entropy=near),
+        "B": Subject(4, 2, entropy=near + shift[:, None, None]),
+    }
+    result = comparison(subjects, measures=("attention_entropy",))
+    lists = lists_of(result)
+    assert plain(findings.focus(result, lists)).startswith("Over all blocks, A attends most narrow")
+    many = lists.differences.copy()
+    many["verdict"] = "cannot be told apart"
+    undecided = findings.focus(result, Lists(many, None, None, {}))
+    assert "cannot be told apart after Holm's correction: they differ by" in undecided
+    assert findings.differences(many) == [
+        "0 of 1 paired difference between models hold after Holm's correction; A and B in "
+        "attention entropy cannot be told apart."
+    ]
+
+
+def test_differences_that_all_hold():
+    subjects = {
+        "A": Subject(2, 2, entropy=constant(0.3, 2, noise=0.01)),
+        "B": Subject(2, 2, entropy=constant(0.5, 2, noise=0.02)),
+    }
+    result = comparison(subjects, measures=("attention_entropy",))
+    assert findings.differences(lists_of(result).differences) == [
+        "The one paired difference between models holds."
+    ]
+    alone = comparison({"A": Subject(2)})
+    assert findings.differences(lists_of(alone).differences) == []
+
+
+def trained_and_twin():
+    own = constant(0.3, 2, noise=0.02)
+    subjects = {
+        "A": Subject(2, 2, distance=own, entropy=own, sink=own),
+        "A (untrained)": Subject(2, 2, distance=own + 0.2, entropy=own, sink=own - 0.1),
+    }
+    block = np.full((3, 3), 0.4)
+    return comparison(
+        subjects, cka={("A", "A (untrained)"): block}, references={"A": "A (untrained)"}
+    )
+
+
+def test_what_training_changed_is_said_beside_the_untrained_twin():
+    result = trained_and_twin()
+    (sentence,) = map(plain, findings.beyond_untrained(result, lists_of(result)))
+    shift = 0.2 * Subject().uniform_distance()
+    assert sentence.startswith(
+        "A against its untrained twin: CKA of the last layers 0.40 [0.36, 0.44]; attention "
+        f"distance lower by {shift:.3f}"
+    )
+    assert "attention entropy cannot be told apart" in sentence
+    assert "sink mass higher by 10" in sentence
+
+
+def test_a_twin_is_no_model_of_the_findings():
+    result = trained_and_twin()
+    assert findings.shown(result) == ("A",)
+    sentences = [
+        text
+        for topic, text in findings.summary(result, lists_of(result))
+        if topic not in ("Training", "Differences")
+    ]
+    assert not [text for text in sentences if "untrained" in text]
+
+
+def seeds(shift: float):
+    """Two methods of three seeds: a mean difference of `shift`, and a spread of 0.01."""
+    offsets = np.array([-0.01, 0.0, 0.01])
+    subjects, groups = {}, {}
+    for method, start in (("A", 0.3), ("B", 0.3 + shift)):
+        groups[method] = [f"{method} {i}" for i in range(3)]
+        for name, offset in zip(groups[method], offsets, strict=True):
+            subjects[name] = Subject(2, 2, entropy=constant(0.3, 2) * 0 + start + offset)
+    return comparison(subjects, measures=("cka", "attention_entropy"), groups=groups)
+
+
+def test_claims_about_methods_take_seeds_as_the_unit():
+    # Over images every difference stands (there is no noise); over seeds only the large one does.
+    for shift, expected in ((0.2, "A lower by "), (0.005, "cannot be told apart: A and B.")):
+        result = seeds(shift)
+        lists = lists_of(result)
+        (sentence,) = findings.methods(result, lists)
+        assert sentence.startswith("Attention entropy, with seeds as the unit: ")
+        assert expected in sentence
+        pair = lists.differences[
+            (lists.differences["model_a"] == "A 1") & (lists.differences["model_b"] == "B 1")
+        ]
+        assert pair["verdict"].item() == "lower"
+
+
+def test_the_summary_of_seeds_ranks_no_single_models():
+    result = seeds(0.2)
+    topics = [topic for topic, _ in findings.summary(result, lists_of(result))]
+    assert "Focus" not in topics
+    assert "Last layers" not in topics
+    assert topics[:2] == ["Similarity", "Methods"]
+
+
+def test_similarity_of_methods_has_its_interval_over_seeds():
+    result = seeds(0.2)
+    table = result.group_similarity("cka")
+    text = plain(findings.methods_similarity(table))
+    within = table[(table["group_a"] == "A") & (table["group_b"] == "A")].iloc[0]
+    assert f"{within['mean']:.2f}" in text
+    assert "within A, " in text
+    assert "between A and B" in text
+
+
+def test_one_seed_says_nothing_of_a_method():
+    result = comparison(
+        {"A 1": Subject(2), "B 1": Subject(2), "B 2": Subject(2)},
+        measures=("attention_entropy",),
+        groups={"A": ["A 1"], "B": ["B 1", "B 2"]},
+    )
+    (sentence,) = findings.methods(result, lists_of(result))
+    assert sentence.endswith("one seed, so nothing can be said: A and B.")
+
+
+@pytest.mark.parametrize("measure", TOKENS)
+def test_token_measures_are_given_with_their_intervals(measure):
+    result = comparison({"A": Subject(3)}, measures=TOKENS)
+    text = plain(findings.token_trend(result, measure))
+    assert text.startswith("A: ")
+    assert text.count("[") == 2
+    assert "in layer 0, " in text
+    assert "pointwise" in findings.band_of_tokens(result, measure)
+
+
+def test_captions_say_what_bands_and_bars_are():
+    result = comparison({"A": Subject(2)}, measures=(*ALL, "rollout_distance"))
+    text = plain(findings.band_of_overlay(result, "attention_entropy"))
+    assert "band: 95 % interval of that mean over 64 images, block by block (pointwise)" in text
+    assert "middle half of the heads, which is no uncertainty" in text
+    assert "heads" not in findings.band_of_overlay(result, "rollout_distance")
+    assert findings.band_of_tokens(result, "first_direction_share").startswith("This measure has")
+
+
 def test_summary_says_only_what_was_measured():
     result = comparison({"A": Subject(4), "B": Subject(4)}, measures=("cka",))
-    assert {topic for topic, _ in findings.summary(result)} == {"Similarity", "Last layers"}
+    assert {topic for topic, _ in findings.summary(result, lists_of(result))} == {
+        "Similarity",
+        "Last layers",
+    }
     result = comparison({"A": Subject(4)}, measures=("attention_entropy", "sink_mass"))
-    assert [topic for topic, _ in findings.summary(result)] == ["Focus", "Sinks"]
+    assert [topic for topic, _ in findings.summary(result, lists_of(result))] == ["Focus", "Sinks"]

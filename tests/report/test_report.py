@@ -12,9 +12,11 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
-from plots.synthetic import Subject, comparison
+from markupsafe import escape
+from plots.synthetic import EVERY, Subject, comparison
 
 from vitprobe.errors import ResultError
+from vitprobe.measures.registry import MEASURES
 from vitprobe.report import report
 from vitprobe.report.figures import file_names, inline
 from vitprobe.results import open_result
@@ -145,8 +147,8 @@ def test_headings_descend_one_step_at_a_time(page):
 
 def test_every_figure_has_a_label(page):
     # One pair, two models alone, shares, three overlays, three measures of a model and two of one
-    # that has no prefix tokens.
-    assert page.figures == 1 + 2 + 1 + 3 + 3 + 2
+    # that has no prefix tokens, three forests of differences.
+    assert page.figures == 1 + 2 + 1 + 3 + 3 + 2 + 3
     assert page.unlabelled == 0
 
 
@@ -202,7 +204,8 @@ def test_sentences_about_measures_that_are_absent_are_absent(tmp_path):
         estimator="biased",
     )
     html = report(result, tmp_path / "out").read_text(encoding="utf-8")
-    for text in ("only the rest", "renormalise it", "First blocks", "paired", "Brackets"):
+    # What a measure says of itself under Methods may name the others.
+    for text in ("describe only the rest.</p>", "renormalise it", "First blocks"):
         assert text not in html, text
     assert "(for entropy over all tokens, over all queries)" in html
 
@@ -212,14 +215,101 @@ def test_a_model_without_prefix_tokens_has_a_page_of_sink_mass_alone(tmp_path):
         {"A": Subject(2), "B": Subject(2, prefix=0)}, measures=("sink_mass",), images=4
     )
     page = Page(report(result, tmp_path / "out").read_text(encoding="utf-8"))
-    assert page.figures == 2
+    # The overlay, the heads of A, and the forest.
+    assert page.figures == 3
     assert {"results.nc", "tables/sink_mass.csv", "figures/sink_mass_all.pdf"} <= set(page.links)
 
 
 def test_cells_of_heatmaps_have_crisp_edges(html):
-    # 5 x 3 cells but one, 5 x 5 and 3 x 3 cells, and a bar of 48 colours for each of them.
-    assert html.count('<path class="cell"') == 14 + 25 + 9 + 3 * 48
-    assert ".cell { shape-rendering: crispEdges; }" in html
+    assert ".cells { shape-rendering: crispEdges; }" in html
+    # Three heatmaps and their widths, and a bar beside each.
+    assert len(re.findall(r'<g class="cells">', html)) == 2 * 2 * 3
+
+
+def test_dots_of_heatmaps_are_on_the_page(tmp_path):
+    block = np.full((3, 3), 0.5)
+    block[0, 1] = 0.1
+    result = comparison(
+        {"A": Subject(2), "B": Subject(2)}, measures=("cka",), cka={("A", "B"): block}, floor=0.3
+    )
+    html = report(result, tmp_path / "out").read_text(encoding="utf-8")
+    assert sum(run.count("h0") for run in re.findall(r'class="dots" d="([^"]+)"', html)) == sum(
+        int((result.cka(a, b) <= result.floor("cka", a, b)).sum())
+        for a, b in (("A", "B"), ("A", "A"), ("B", "B"))
+    )
+
+
+def test_a_heatmap_can_be_switched_to_the_widths_of_its_intervals(html, page, path):
+    switches = re.findall(r'<input type="radio" name="([^"]+)"( checked)?', html)
+    assert len(switches) == 2 * 3
+    assert [bool(checked) for _, checked in switches] == 3 * [True, False]
+    for name in {name for name, _ in switches}:
+        assert (path.parent / "figures" / f"{name}_width.pdf").is_file()
+    # Without the selector that the switch needs, and in print, both are shown.
+    rule = html.index("figure > div.width,")
+    supported = html.rindex("@supports selector(:has(*))", 0, rule)
+    assert supported < html.rindex("@media screen", 0, rule)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    subjects = {f"{method} {i}": Subject(3) for method in "AB" for i in (1, 2)}
+    subjects["A 1 (untrained)"] = Subject(3)
+    result = comparison(
+        subjects,
+        measures=EVERY,
+        images=16,
+        groups={"A": ["A 1", "A 2"], "B": ["B 1", "B 2"]},
+        references={"A 1": "A 1 (untrained)"},
+    )
+    return report(result, tmp_path_factory.mktemp("whole") / "out")
+
+
+@pytest.mark.slow
+def test_every_measure_has_a_figure_a_table_and_its_methods(whole):
+    html = whole.read_text(encoding="utf-8")
+    page = Page(html)
+    for measure, info in MEASURES.items():
+        stems = {path.stem for path in (whole.parent / "figures").glob(f"{measure}*.svg")}
+        assert stems, measure
+        assert f"tables/{measure}.csv" in page.links
+        for text in (info.formula, info.source, info.interval, info.null, info.caveats):
+            assert str(escape(text)) in html, (measure, text)
+    assert html.count('<details class="method">') == len(MEASURES)
+    assert {"similarity", "attention", "tokens", "differences", "seeds"} <= set(page.ids)
+    assert page.unlabelled == 0
+    assert len(page.ids) == len(set(page.ids))
+
+
+@pytest.mark.slow
+def test_twins_and_further_seeds_have_no_figures_of_their_own(whole):
+    stems = {path.stem for path in (whole.parent / "figures").iterdir()}
+    assert "cka_A-1_A-1-untrained" in stems
+    assert "cka_A-1_B-1" in stems
+    assert not [stem for stem in stems if "A-2" in stem or "B-2" in stem]
+    assert not [stem for stem in stems if stem.startswith("cka_A-1-untrained")]
+    html = whole.read_text(encoding="utf-8")
+    assert "is shown only beside its model" in html
+    assert "show the first (A 1 and B 1)" in html
+
+
+@pytest.mark.slow
+def test_lists_on_the_page_are_those_of_the_tables(whole):
+    html = whole.read_text(encoding="utf-8")
+    tables = whole.parent / "tables"
+    table = pd.read_csv(tables / "differences.csv")
+    words = ("higher", "lower", "cannot be told apart")
+    section = html[html.index('id="differences"') : html.index('id="seeds"')]
+    for word in words:
+        assert (
+            section.count(f'<td data-label="A is">{word}</td>') == (table["verdict"] == word).sum()
+        )
+    seeds = html[html.index('id="seeds"') : html.index('id="files"')]
+    table = pd.read_csv(tables / "group_differences.csv")
+    for word in words:
+        assert seeds.count(f'<td data-label="A is">{word}</td>') == (table["verdict"] == word).sum()
+    assert len(pd.read_csv(tables / "group_means.csv")) == seeds.count('data-label="Method"')
+    assert (tables / "group_similarity.csv").is_file()
 
 
 def test_the_same_result_gives_the_same_files(tmp_path):
@@ -310,3 +400,39 @@ def test_inline_svg_gets_ids_of_its_own():
         '<path id="f-m1"/></defs><g clip-path="url(#f-c1)"><use href="#f-m1" x="1.23" '
         'style="fill: var(--figure-ink)"/></g><clipPath id="f-c1"/></svg>'
     )
+
+
+def test_inline_svg_keeps_numbers_that_are_text():
+    svg = '<svg viewBox="0 0 9 9"><defs></defs><text x="1.23456">0.0056</text></svg>'
+    assert '<text x="1.23">0.0056</text>' in inline(svg, prefix="f", label="")
+
+
+def test_inline_svg_merges_what_looks_the_same():
+    cell = (
+        '<path d="M {0} 20.04 L {1} 20.04 L {1} 10 L {0} 10 L {0} 20.04" clip-path="url(#c)" '
+        'style="fill: #440154; stroke: #440154; stroke-width: 0.5"/>'
+    )
+    # The cells of a horizontal colour bar start with their other side.
+    turned = (
+        '<path d="M 1 2 L 1 5 L 4 5 L 4 2 L 1 2" clip-path="url(#c)" '
+        'style="fill: #440155; stroke: #440155; stroke-width: 0.5"/>'
+    )
+    marks = "".join(f'<use xlink:href="#m" x="{x}" y="1" style="fill: #fff"/> ' for x in (1, 2))
+    lines = "".join(
+        f'<path d="M {x} 0 L {x} 9" clip-path="url(#c)" style="fill: none; stroke: #123456"/> '
+        for x in (1, 2)
+    )
+    dots = "".join(f'<use xlink:href="#d" x="{x}" y="1.04" style="fill: #ffffff"/>' for x in (1, 2))
+    svg = (
+        f'<svg viewBox="0 0 9 9"><defs></defs>{cell.format(1, 2)} {cell.format(2, 3)} {turned}'
+        f"{dots}{marks}{lines}</svg>"
+    )
+    found = inline(svg, prefix="f", label="")
+    assert (
+        '<g class="cells"><path d="M1 20H3V10H1z" color="#440154"/>'
+        '<path d="M1 2H4V5H1z" color="#440155"/></g>'
+        '<path class="dots" d="M1.0 1.0h0M2.0 1.0h0" stroke="#ffffff"/>'
+        '<g style="fill: #fff"><use href="#f-m" x="1" y="1"/><use href="#f-m" x="2" y="1"/></g>'
+        '<path d="M 1 0 L 1 9M 2 0 L 2 9" clip-path="url(#f-c)" '
+        'style="fill: none; stroke: #123456"/>'
+    ) in found

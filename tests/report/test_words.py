@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from vitprobe.report.words import (
     MINUS,
-    change,
+    amount,
+    bracket,
     count,
-    estimate,
     join,
     layers_in_words,
     number,
+    p_value,
     percent,
     quantity,
     show,
@@ -45,26 +47,40 @@ def test_quantities_carry_their_unit():
 
 
 @pytest.mark.parametrize(
-    ("value", "margin", "units", "expected"),
+    ("value", "low", "high", "units", "least", "expected"),
     [
-        (0.0091, 0.0098, "px", ("0.009", "-0.001 to 0.019", "px")),
-        (12.34, 0.04, "px", ("12.340", "12.300 to 12.380", "px")),
-        (0.25, 0.0, "nats", ("0.25000", "0.25000 to 0.25000", "nats")),
-        (0.4, 0.01, "relative to uniform", ("40.0 %", "39.0 % to 41.0 %", "of uniform")),
-        (0.0102, 0.0100, "px", ("0.0102", "0.0002 to 0.0202", "px")),
+        (45.213, 44.9, 45.5, "px", 0, "45.2 px [44.9, 45.5]"),
+        (12.34, 12.30, 12.38, "px", 0, "12.34 px [12.30, 12.38]"),
+        (0.25, 0.25, 0.25, "nats", 0, "0.250 nats"),
+        (0.25, np.nan, np.nan, "nats", 0, "0.250 nats"),
+        (0.4, 0.39, 0.41, "relative to uniform", 0, "40.0 % of uniform [39.0, 41.0]"),
+        (0.4, 0.396, 0.404, "share", 0, "40.0 % [39.6, 40.4]"),
+        (0.9, 0.8, 1.0, "", 2, "0.90 [0.80, 1.00]"),
+        (0.9, 0.8995, 0.9005, "", 2, "0.9000 [0.8995, 0.9005]"),
+        (0.9, np.nan, np.nan, "", 2, "0.90"),
+        (-0.1, -0.12, -0.08, "1", 2, "-0.10 [-0.12, -0.08]"),
+        (3.4, 2.4, 4.4, "nats", 0, "3.4 nats [2.4, 4.4]"),
+        (120.0, 80.0, 160.0, "px", 0, "120 px [80, 160]"),
     ],
 )
-def test_differences_have_the_precision_of_their_interval(value, margin, units, expected):
-    texts = estimate(value, margin, units)
-    assert (
-        tuple(t.replace("\N{NO-BREAK SPACE}", " ").replace(MINUS, "-") for t in texts) == expected
-    )
+def test_numbers_with_intervals_have_the_digits_that_these_support(
+    value, low, high, units, least, expected
+):
+    text = bracket(value, low, high, units, least)
+    assert text.replace("\N{NO-BREAK SPACE}", " ").replace(MINUS, "-") == expected
 
 
-def test_a_change_has_its_unit_once():
-    assert change(1.5, 2, "px").replace("\N{NO-BREAK SPACE}", " ") == "1.50 → 2.00 px"
-    relative = change(0.3, 0.5, "relative to uniform").replace("\N{NO-BREAK SPACE}", " ")
-    assert relative == "30.0 → 50.0 % of uniform"
+def test_amounts_keep_the_digits_of_small_shares():
+    assert amount(0.0031, "share") == "0.310\N{NO-BREAK SPACE}%"
+    assert amount(2.5, "px") == "2.50\N{NO-BREAK SPACE}px"
+    assert amount(np.nan, "px") == "–"
+
+
+@pytest.mark.parametrize(
+    ("p", "text"), [(0.0312, "0.031"), (0.0004, "< 0.001"), (1.0, "1.000"), (np.nan, "–")]
+)
+def test_p_values(p, text):
+    assert p_value(p).replace("\N{NO-BREAK SPACE}", " ") == text
 
 
 def test_cka_has_two_decimals_and_no_negative_zero():

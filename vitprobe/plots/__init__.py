@@ -12,7 +12,15 @@ from vitprobe.plots.attention import (
     attention_panels,
     sink_mass,
 )
-from vitprobe.plots.similarity import cka_grid, cka_heatmap, first_direction_share
+from vitprobe.plots.curves import first_direction_share, fourier_curves, token_curves
+from vitprobe.plots.differences import differences, group_spread
+from vitprobe.plots.similarity import (
+    cka_grid,
+    cka_heatmap,
+    interval_width,
+    similarity_grid,
+    similarity_heatmap,
+)
 from vitprobe.plots.style import save, style
 from vitprobe.plots.training import training_curves
 
@@ -23,9 +31,16 @@ __all__ = [
     "attention_panels",
     "cka_grid",
     "cka_heatmap",
+    "differences",
     "first_direction_share",
+    "fourier_curves",
+    "group_spread",
+    "interval_width",
     "save",
+    "similarity_grid",
+    "similarity_heatmap",
     "sink_mass",
     "style",
+    "token_curves",
     "training_curves",
 ]

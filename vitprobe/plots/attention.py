@@ -1,27 +1,31 @@
-"""Attention distance, attention entropy and sink mass of every head, block by block."""
+"""Attention measures of every head, block by block, and of all models in one axes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
-import seaborn as sns
 
+from vitprobe.errors import ResultError
+from vitprobe.plots.curves import curves
 from vitprobe.plots.style import (
     COLUMN,
     GRID,
     INK,
     MUTED,
     PAGE,
+    axis_label,
     canvas,
     color_of,
+    fit,
     layer_ticks,
     legend_above,
-    marker_of,
     shorten,
     style,
+    subjects,
+    with_twins,
 )
 
 if TYPE_CHECKING:
@@ -31,10 +35,10 @@ if TYPE_CHECKING:
 
     from vitprobe.results import Comparison
 
-# The least height of an axis, as a share of its upper end: rounding errors shall not fill it.
-_LEAST_SPAN = 0.1
 # Above this the points of a panel merge into a smear, and the box tells more alone.
 _MOST_POINTS = 300
+# Up to so many bars of the spread of heads fit into one block's place.
+_MOST_BARS = 8
 
 
 def attention_distance(
@@ -43,10 +47,11 @@ def attention_distance(
     """Draw the attention distance of every head of a model, block by block.
 
     A point is a head (mean over images; heads keep their left-to-right order in every block), the
-    box spans the middle half of the heads around their median, whiskers reach the extremes. The
-    dashed line is the value under uniform attention. In pixels of the model's input, or divided by
-    the uniform value; the axis fits the values and need not start at 0. Points are left out where
-    they would merge (beyond 300). Without `ax` a figure of one column width is made.
+    line through it is its 95 % interval over images, the box spans the middle half of the heads
+    around their median, and whiskers reach the extremes. The dashed line is the value under uniform
+    attention. In pixels of the model's input, or divided by the uniform value; the axis fits the
+    values and need not start at 0. Points are left out where they would merge (beyond 300). Without
+    `ax` a figure of one column width is made.
 
     Raises:
         ResultError: no such model, or the measure is not in the result.
@@ -75,33 +80,42 @@ def heads(
     name: str,
     *,
     relative: bool = False,
-    shared: bool = False,
+    limits: tuple[float, float] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw any attention measure of a result as `attention_distance` does.
 
-    `shared` draws on the scale that holds all models of the result.
+    `limits` are the ends of the axis, such as `limits_of` gives for several models.
     """
     values = result.attention(measure, name, relative=relative)
     with canvas(ax, (COLUMN, 2.1)) as axes:
-        _boxes(axes, values, color_of(result.models, name))
+        _boxes(
+            axes, values, result.interval(measure, name, relative=relative), color_of(result, name)
+        )
         axes.set_title(shorten(name, 44))
-        scaled_to = result.models if shared else (name,)
-        _dress(axes, values, _limits(result, measure, relative, scaled_to))
+        _dress(axes, values, limits or limits_of(result, measure, (name,), relative=relative))
         _remark(axes, result, measure, name, relative)
     return axes
 
 
-def attention_panels(result: Comparison, measure: str) -> Figure:
+def attention_panels(
+    result: Comparison, measure: str, *, models: Sequence[str] | None = None
+) -> Figure:
     """Draw one row a model: the measure beside the sink mass that renormalising hides.
 
     All models share both scales; where their grids differ the measure is in relative units.
+
+    models: which to draw; all but untrained twins unless given.
     """
-    models = result.models
-    relative = needs_relative(result, measure)
+    models = subjects(result) if models is None else tuple(models)
+    relative = result.needs_relative(measure, models)
     columns = [measure]
     if measure != "sink_mass" and "sink_mass" in result.measures:
         columns.append("sink_mass")
+    limits = {
+        shown: limits_of(result, shown, models, relative=relative and shown == measure)
+        for shown in columns
+    }
     with style():
         figure, axes = plt.subplots(
             len(models),
@@ -115,8 +129,9 @@ def attention_panels(result: Comparison, measure: str) -> Figure:
             for ax, shown in zip(row, columns, strict=True):
                 scaled = relative and shown == measure
                 values = result.attention(shown, name, relative=scaled)
-                _boxes(ax, values, color_of(models, name))
-                _dress(ax, values, _limits(result, shown, scaled, models))
+                ends = result.interval(shown, name, relative=scaled)
+                _boxes(ax, values, ends, color_of(result, name))
+                _dress(ax, values, limits[shown])
                 _remark(ax, result, shown, name, scaled)
                 if i < len(models) - 1:
                     ax.set_xlabel("")
@@ -125,96 +140,82 @@ def attention_panels(result: Comparison, measure: str) -> Figure:
 
 
 def attention_overlay(result: Comparison, measure: str, *, ax: Axes | None = None) -> Axes:
-    """Draw a measure of all models in one axes: the median head, and the middle half as a band.
+    """Draw a measure of all models in one axes, block by block.
 
-    In relative units where the models' grids differ, for pixels and nats of different grids cannot
-    be compared. Models are told apart by colour and by marker.
+    The line is the mean over heads and images, and the band around it the 95 % interval of that
+    mean over images, block by block (pointwise). Beside it a thin bar spans the middle half of the
+    heads, which is no uncertainty; there is none for a measure that fuses the heads, and none where
+    bars would merge. In relative units where the models' grids differ, for pixels and nats of
+    different grids cannot be compared. Untrained twins are dashed and thin. Without `ax` a figure
+    of one column width is made.
+
+    Raises:
+        ResultError: the measure is not in the result.
     """
-    models = result.models
-    relative = needs_relative(result, measure)
-    arrays = {name: result.attention(measure, name, relative=relative) for name in models}
-    table = pd.concat(
-        [
-            array.to_series().dropna().rename("value").reset_index().assign(model=name)
-            for name, array in arrays.items()
-        ],
-        ignore_index=True,
-    )
+    names = with_twins(result, subjects(result))
+    relative = result.needs_relative(measure, names)
+    tables = {name: result.by_layer(measure, name, relative=relative) for name in names}
+    level = uniform(result, measure, names[0], relative=relative)
     with canvas(ax, (COLUMN, 2.3)) as axes:
-        sns.lineplot(
-            table,
-            x="layer",
-            y="value",
-            hue="model",
-            style="model",
-            hue_order=models,
-            style_order=models,
-            palette={name: color_of(models, name) for name in models},
-            markers={name: marker_of(models, name) for name in models},
-            dashes=False,
-            estimator="median",
-            errorbar=("pi", 50),
-            err_kws={"alpha": 0.15, "linewidth": 0},
-            markeredgewidth=0,
-            ax=axes,
-        )
-        longest = max(arrays.values(), key=lambda array: array.sizes["layer"])
-        bands = [
-            array.dropna("layer", how="all").quantile((0.25, 0.75), "head").values
-            for array in arrays.values()
-        ]
-        levels = [_uniform(result, measure, name, relative) for name in models]
-        _dress(axes, longest, _fit([*bands, np.array(levels)], from_zero=measure == "sink_mass"))
+        drawn = curves(axes, result, tables)
+        drawn += _spreads(axes, result, measure, relative)
+        about = tables[names[0]].attrs
+        longest = max((table["layer"].values for table in tables.values()), key=len)
+        axes.set_xlim(longest[0] - 0.6, longest[-1] + 0.6)
+        axes.set_xticks(layer_ticks(longest, 13))
+        axes.set_ylim(fit([*drawn, np.array(level)], from_zero=about["units"] == "share"))
+        axes.set_xlabel("Block")
+        axes.set_ylabel(axis_label(about["long_name"], about["units"]))
+        axes.grid(axis="y", color=GRID, linewidth=0.5)
+        axes.tick_params(axis="x", length=0)
         # Where uniform attention differs between models, units are relative and its value is 1.
-        _uniform_line(axes, _uniform(result, measure, models[0], relative))
-        legend_above(axes, models)
+        _uniform_line(axes, level)
+        legend_above(axes, result, names)
     return axes
 
 
-def needs_relative(result: Comparison, measure: str) -> bool:
-    """Whether the models can share an axis only in relative units.
-
-    So it is where uniform attention gives different values: other grids or patch sizes.
-    """
-    levels = [_uniform(result, measure, name, relative=False) for name in result.models]
-    finite = [level for level in levels if np.isfinite(level)]
-    return bool(finite) and not np.allclose(finite, finite[0], rtol=1e-5)
-
-
-def _uniform(result: Comparison, measure: str, name: str, relative: bool) -> float:
+def uniform(result: Comparison, measure: str, name: str, *, relative: bool = False) -> float:
     """The value of a measure under uniform attention; nan where that has no meaning."""
-    if measure == "sink_mass":
+    try:
+        ratio = result.attention(measure, name, relative=True)
+    except ResultError:
         return float("nan")
     if relative:
         return 1.0
-    ratio = result.attention(measure, name) / result.attention(measure, name, relative=True)
-    return float(ratio.median())
+    return float((result.attention(measure, name) / ratio).median())
 
 
-def _limits(
-    result: Comparison, measure: str, relative: bool, models: tuple[str, ...]
+def _spreads(ax: Axes, result: Comparison, measure: str, relative: bool) -> list[np.ndarray]:
+    """Bars of the middle half of the heads, side by side; returns their ends."""
+    names = subjects(result)
+    if len(names) > _MOST_BARS:
+        return []
+    offsets = (np.arange(len(names)) + 0.5 - len(names) / 2) * 0.7 / len(names)
+    drawn = []
+    for name, offset in zip(names, offsets, strict=True):
+        values = result.attention(measure, name, relative=relative).dropna("layer", how="all")
+        if values.sizes["head"] < 2 or not values.size:
+            continue
+        low, high = values.quantile((0.25, 0.75), "head").values
+        color = color_of(result, name)
+        ax.vlines(values["layer"].values + offset, low, high, color=color, lw=0.7, alpha=0.55)
+        drawn += [low, high]
+    return drawn
+
+
+def limits_of(
+    result: Comparison, measure: str, models: Sequence[str], *, relative: bool
 ) -> tuple[float, float]:
     """The ends of an axis that holds every head of these models, and uniform attention."""
-    drawn = [result.attention(measure, name, relative=relative).values for name in models]
-    levels = [_uniform(result, measure, name, relative) for name in models]
-    return _fit([*drawn, np.array(levels)], from_zero=measure == "sink_mass")
+    drawn = [result.attention(measure, name, relative=relative) for name in models]
+    levels = [uniform(result, measure, name, relative=relative) for name in models]
+    from_zero = drawn[0].attrs["units"] == "share"
+    return fit([*(array.values for array in drawn), np.array(levels)], from_zero=from_zero)
 
 
-def _fit(drawn: list[np.ndarray], *, from_zero: bool) -> tuple[float, float]:
-    """The ends of an axis that holds all finite values, with a little room."""
-    values = np.concatenate([array.ravel() for array in drawn])
-    values = values[np.isfinite(values)]
-    if not len(values):
-        return 0.0, 1.0
-    low, high = float(values.min()), float(values.max())
-    if from_zero:
-        return 0.0, min(1.0, max(0.1, 1.06 * high))
-    span = max(high - low, _LEAST_SPAN * abs(high)) or 1.0
-    # The label of uniform attention, often the largest value, stands above its line.
-    return max(0.0, high - 1.06 * span), high + 0.14 * span
-
-
-def _boxes(ax: Axes, values: xr.DataArray, color: str) -> None:
+def _boxes(
+    ax: Axes, values: xr.DataArray, ends: tuple[xr.DataArray, xr.DataArray], color: str
+) -> None:
     layers = values["layer"].values
     finite = [row[np.isfinite(row)] for row in values.values]
     defined = [layer for layer, row in zip(layers, finite, strict=True) if row.size]
@@ -231,20 +232,24 @@ def _boxes(ax: Axes, values: xr.DataArray, color: str) -> None:
         whiskerprops={"color": color, "linewidth": 0.6, "alpha": 0.6},
         medianprops={"color": INK, "linewidth": 1.1, "solid_capstyle": "butt"},
     )
-    if sum(row.size for row in finite) <= _MOST_POINTS:
-        count = values.sizes["head"]
-        offsets = np.linspace(-0.28, 0.28, count) if count > 1 else np.zeros(1)
-        x = layers[:, None] + offsets
-        ax.plot(
-            x.ravel(),
-            values.values.ravel(),
-            "o",
-            color=color,
-            ms=1.7,
-            mew=0,
-            zorder=3,
-            clip_on=False,
-        )
+    if sum(row.size for row in finite) > _MOST_POINTS:
+        return
+    count = values.sizes["head"]
+    offsets = np.linspace(-0.28, 0.28, count) if count > 1 else np.zeros(1)
+    x = (layers[:, None] + offsets).ravel()
+    low, high = (end.values.ravel() for end in ends)
+    told = np.isfinite(low) & np.isfinite(high)
+    ax.vlines(x[told], low[told], high[told], color=color, lw=0.6, zorder=2.9)
+    ax.plot(
+        x,
+        values.values.ravel(),
+        "o",
+        color=color,
+        ms=1.7,
+        mew=0,
+        zorder=3,
+        clip_on=False,
+    )
 
 
 def _dress(ax: Axes, values: xr.DataArray, limits: tuple[float, float]) -> None:
@@ -253,8 +258,7 @@ def _dress(ax: Axes, values: xr.DataArray, limits: tuple[float, float]) -> None:
     ax.set_xticks(layer_ticks(layers, 13))
     ax.set_ylim(limits)
     ax.set_xlabel("Block")
-    title, units = str(values.attrs["long_name"]), values.attrs["units"]
-    ax.set_ylabel(f"{title[0].upper()}{title[1:]}\n({units})")
+    ax.set_ylabel(axis_label(values.attrs["long_name"], values.attrs["units"]))
     ax.grid(axis="y", color=GRID, linewidth=0.5)
     ax.tick_params(axis="x", length=0)
 
@@ -264,7 +268,7 @@ def _remark(ax: Axes, result: Comparison, measure: str, name: str, relative: boo
     prefix = result.describe(name)["facts"]["prefix_tokens"]["value"]
     if measure == "sink_mass" and prefix == 0:
         ax.text(0.5, 0.5, "no prefix tokens", transform=ax.transAxes, ha="center", color=MUTED)
-    _uniform_line(ax, _uniform(result, measure, name, relative))
+    _uniform_line(ax, uniform(result, measure, name, relative=relative))
 
 
 def _uniform_line(ax: Axes, level: float) -> None:

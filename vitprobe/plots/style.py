@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.lines import Line2D
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from vitprobe.results import Comparison
 
 COLUMN = 3.25
 """Width of one column of a two-column paper, in inches."""
@@ -28,6 +32,10 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 _STYLE = Path(__file__).with_name("vitprobe.mplstyle")
+# The least height of an axis, as a share of its upper end: rounding errors shall not fill it.
+_LEAST_SPAN = 0.1
+# The line of an untrained twin.
+_TWIN: dict[str, Any] = {"linewidth": 0.9, "linestyle": (0, (3, 1.5))}
 # A creation date would make two runs on the same result differ.
 _UNDATED = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}
 
@@ -83,14 +91,47 @@ def save(drawn: Figure | Axes, stem: str | Path) -> list[Path]:
     return paths
 
 
-def color_of(models: Sequence[str], name: str) -> str:
-    """The colour of model `name` in every figure of a result on `models`."""
-    return COLORS[models.index(name) % len(COLORS)]
+def subjects(result: Comparison) -> tuple[str, ...]:
+    """The models of a result without those that are the untrained twin of another."""
+    twins = set(result.references.values())
+    return tuple(name for name in result.models if name not in twins)
 
 
-def marker_of(models: Sequence[str], name: str) -> str:
-    """The marker of model `name`; with the colour it tells 42 models apart."""
-    return MARKERS[models.index(name) % len(MARKERS)]
+def with_twins(result: Comparison, names: Sequence[str]) -> tuple[str, ...]:
+    """These models, and behind them the untrained twins they have."""
+    twins = [result.references[name] for name in names if name in result.references]
+    return tuple(dict.fromkeys([*names, *twins]))
+
+
+def color_index(result: Comparison, name: str) -> int:
+    """The place in `COLORS` of a model's colour, the same in every figure of a result.
+
+    Seeds of one group share a colour, and so do a model and its untrained twin.
+    """
+    owners = {twin: model for model, twin in result.references.items()}
+    kinds = list(dict.fromkeys(kind_of(result, model) for model in subjects(result)))
+    return kinds.index(kind_of(result, owners.get(name, name))) % len(COLORS)
+
+
+def color_of(result: Comparison, name: str) -> str:
+    """The colour of a model in every figure of a result."""
+    return COLORS[color_index(result, name)]
+
+
+def kind_of(result: Comparison, name: str) -> str:
+    """The group of seeds that a model belongs to, or the model itself."""
+    return next((group for group, names in result.groups.items() if name in names), name)
+
+
+def look(result: Comparison, name: str) -> dict[str, Any]:
+    """How the line of a model is drawn; that of an untrained twin is thin, dashed and unmarked."""
+    color = color_of(result, name)
+    if name not in subjects(result):
+        return {"color": color, "alpha": 0.75, **_TWIN}
+    kinds = list(dict.fromkeys(kind_of(result, model) for model in subjects(result)))
+    # With the colour the marker tells 42 models apart.
+    marker = MARKERS[kinds.index(kind_of(result, name)) % len(MARKERS)]
+    return {"color": color, "marker": marker, "markeredgewidth": 0}
 
 
 def shorten(name: str, limit: int) -> str:
@@ -110,16 +151,45 @@ def layer_ticks(layers: np.ndarray, most: int) -> list[int]:
     return list(range(first, last + 1, even[0] if even else least))
 
 
-def legend_above(ax: Axes, models: Sequence[str]) -> None:
-    """Put the legend above the axes, where it can hide no data."""
-    handles, labels = ax.get_legend_handles_labels()
-    labels = [shorten(label, 24) for label in labels]
-    columns = max(1, min(len(models), 44 // (max(map(len, labels)) + 4)))
+def legend_above(ax: Axes, result: Comparison, names: Sequence[str]) -> None:
+    """Put a legend of models above the axes, where it can hide no data.
+
+    Seeds of one group have one entry, and so have all untrained twins.
+    """
+    handles: dict[str, Line2D] = {}
+    drawn = subjects(result)
+    for name in (name for name in names if name in drawn):
+        handles.setdefault(kind_of(result, name), Line2D([], [], **look(result, name)))
+    if any(name not in drawn for name in names):
+        handles["untrained twin"] = Line2D([], [], **_TWIN, color=MUTED)
+    labels = [shorten(label, 24 if len(handles) < 4 else 17) for label in handles]
+    columns = max(1, min(len(labels), 44 // (max(map(len, labels)) + 4)))
     ax.legend(
-        handles,
+        list(handles.values()),
         labels,
         loc="lower left",
         bbox_to_anchor=(0, 1.01),
         ncols=columns,
         title=None,
     )
+
+
+def axis_label(long_name: str, units: str) -> str:
+    """What is on an axis, broken where it is long, and its unit on a line of its own."""
+    title = textwrap.fill(f"{long_name[0].upper()}{long_name[1:]}", 30)
+    return title if units in ("", "1") else f"{title}\n({units})"
+
+
+def fit(drawn: Sequence[np.ndarray], *, from_zero: bool) -> tuple[float, float]:
+    """The ends of an axis that holds all finite values, with a little room."""
+    values = np.concatenate([np.asarray(array, dtype=float).ravel() for array in drawn])
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return 0.0, 1.0
+    low, high = float(values.min()), float(values.max())
+    if from_zero and low >= 0:
+        return 0.0, min(1.0, max(0.1, 1.06 * high)) if high <= 1 else 1.06 * high
+    span = max(high - low, _LEAST_SPAN * max(abs(low), abs(high))) or 1.0
+    # The label of uniform attention, often the largest value, stands above its line.
+    bottom = high - 1.06 * span
+    return max(0.0, bottom) if low >= 0 else bottom, high + 0.14 * span

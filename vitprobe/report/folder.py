@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitprobe.errors import ResultError
-from vitprobe.measures.registry import ATTENTION
 from vitprobe.report.figures import draw
+from vitprobe.report.lists import lists_of
 from vitprobe.report.page import GENERATOR, render
 
 if TYPE_CHECKING:
@@ -80,14 +80,16 @@ def _check(out: Path, force: bool) -> None:
 
 
 def _write(result: Comparison, folder: Path) -> None:
-    attention = tuple(name for name in result.measures if name in ATTENTION)
-    pictures = draw(result, folder / "figures", attention)
+    lists = lists_of(result)
+    pictures = draw(result, folder / "figures", lists)
     tables = folder / "tables"
     tables.mkdir()
     for name in [*result.measures, *(["first_direction_share"] if pictures.shares else [])]:
         result.to_dataframe(name).to_csv(tables / f"{name}.csv", index=False)
+    for name, table in lists.tables().items():
+        table.to_csv(tables / f"{name}.csv", index=False)
     result.save(folder / "results.nc")
-    page = render(result, pictures, attention)
+    page = render(result, pictures, lists)
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 

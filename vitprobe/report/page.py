@@ -10,13 +10,28 @@ import jinja2
 from markupsafe import Markup
 
 from vitprobe.measures.registry import MEASURES
-from vitprobe.plots.attention import needs_relative
-from vitprobe.plots.style import COLORS
+from vitprobe.plots.differences import UNDECIDED, rows_of
+from vitprobe.plots.style import color_index, kind_of, subjects
 from vitprobe.report import findings
-from vitprobe.report.words import LEVEL, NBSP, change, count, join, number, percent, show
+from vitprobe.report.words import (
+    LEVEL,
+    NBSP,
+    amount,
+    bracket,
+    count,
+    join,
+    number,
+    p_value,
+    percent,
+    show,
+)
 
 if TYPE_CHECKING:
+    import pandas as pd
+
+    from vitprobe.measures.base import Info
     from vitprobe.report.figures import Pictures
+    from vitprobe.report.lists import Lists
     from vitprobe.results import Comparison
 
 _HERE = Path(__file__).parent
@@ -43,8 +58,8 @@ GENERATOR = '<meta name="generator" content="vitprobe">'
 """By this line an earlier report is known."""
 
 
-def render(result: Comparison, pictures: Pictures, attention: tuple[str, ...]) -> str:
-    """The whole page as HTML text; `attention` names the attention measures it shows."""
+def render(result: Comparison, pictures: Pictures, lists: Lists) -> str:
+    """The whole page as HTML text."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -55,26 +70,35 @@ def render(result: Comparison, pictures: Pictures, attention: tuple[str, ...]) -
     environment.filters["show"] = show
     provenance = result.provenance
     created = datetime.fromisoformat(provenance["created"])
+    names = subjects(result)
     measures = [*result.measures, *(["first_direction_share"] if pictures.shares else [])]
-    relative = [MEASURES[name].title.lower() for name in attention if needs_relative(result, name)]
+    attention = tuple(name for name in measures if result.group_of(name) == "attention")
+    relative = [findings.in_text(name) for name in attention if result.needs_relative(name, names)]
     return environment.get_template("template.html").render(
         generator=Markup(GENERATOR),
         css=Markup((_HERE / "style.css").read_text(encoding="utf-8")),
-        title=_title(result.models),
+        title=_title(tuple(dict.fromkeys(kind_of(result, name) for name in names))),
         lead=_lead(result),
         created=f"{created.day} {created:%B %Y}",
-        contents=_contents(pictures),
-        summary=findings.summary(result),
+        contents=_contents(pictures, lists),
+        summary=findings.summary(result, lists),
         glance=_glance(result),
-        models=[_card(result, name) for name in result.models],
+        models=[_card(result, name) for name in names],
+        twins=[(name, twin) for name, twin in result.references.items()],
+        left_out=_left_out(result),
         assumed_heads=findings.assumed_heads(result),
         assumed=findings.other_assumptions(result),
         intervals=provenance["estimator"] == "unbiased",
         pictures=pictures,
-        explanations=[_explanation(name, attention) for name in attention],
+        explanations=[_explanation(name, attention) for name in attention if name in findings.MAIN],
         without_prefix=_without_prefix(result, attention),
         relative=join(relative),
+        differences=_differences(lists.differences),
+        level=LEVEL,
+        seeds=_seeds(lists),
+        tables=[*measures, *lists.tables()],
         measures={name: MEASURES[name] for name in measures},
+        methods=[(MEASURES[name], _method(MEASURES[name])) for name in measures],
         settings=_settings(result, attention),
         notes=result.notes,
         details=_details(provenance),
@@ -91,20 +115,28 @@ def _title(models: tuple[str, ...]) -> str:
 
 
 def _lead(result: Comparison) -> str:
-    images = result.provenance["images"]
-    subject = "One model" if len(result.models) == 1 else f"{len(result.models)} models"
-    titles = join([MEASURES[name].title for name in result.measures])
-    return f"{subject} on {count(images['count'], 'image')} from {images['source']}: {titles}."
+    images, models = result.provenance["images"], subjects(result)
+    subject = "One model" if len(models) == 1 else f"{len(models)} models"
+    if result.groups:
+        subject += f" ({count(len(result.groups), 'method')} in several seeds)"
+    titles = [MEASURES[name].title for name in result.measures]
+    # A list of everything says nothing.
+    listed = join(titles) if len(titles) <= 6 else f"{len(titles)} measures"
+    return f"{subject} on {count(images['count'], 'image')} from {images['source']}: {listed}."
 
 
-def _contents(pictures: Pictures) -> list[tuple[str, str]]:
-    sections = [("summary", "Summary"), ("models", "Models")]
-    if pictures.selves:
-        sections.append(("similarity", "Similarity"))
-    if pictures.heads:
-        sections.append(("attention", "Attention"))
+def _contents(pictures: Pictures, lists: Lists) -> list[tuple[str, str]]:
+    sections = [
+        ("similarity", "Similarity", pictures.selves or pictures.grids),
+        ("attention", "Attention", pictures.overlays or pictures.others),
+        ("tokens", "Tokens", pictures.tokens),
+        ("differences", "Differences", len(lists.differences)),
+        ("seeds", "Seeds", lists.group_means is not None),
+    ]
     return [
-        *sections,
+        ("summary", "Summary"),
+        ("models", "Models"),
+        *((id_, name) for id_, name, held in sections if held),
         ("files", "Files"),
         ("methods", "Methods"),
         ("notes", "Notes"),
@@ -113,10 +145,109 @@ def _contents(pictures: Pictures) -> list[tuple[str, str]]:
     ]
 
 
+def _left_out(result: Comparison) -> str:
+    """What of the models has no figure of its own, and where its numbers are."""
+    sentences = []
+    if result.references:
+        sentences.append(
+            "An untrained twin (the same architecture with random weights) is shown only beside "
+            "its model; what it has in common with other models is in the tables."
+        )
+    if len(shown := findings.shown(result)) < len(subjects(result)):
+        sentences.append(
+            f"Of several seeds, figures of single models show the first ({join(shown)}); all seeds "
+            "are in the overlays, in the Seeds section and in the tables."
+        )
+    return " ".join(sentences)
+
+
+def _differences(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """By measure, a heading and the rows of the table of paired differences."""
+    return [
+        {
+            "title": MEASURES[str(measure)].title,
+            "stand": int((rows["verdict"] != UNDECIDED).sum()),
+            "count": len(rows),
+            "rows": [
+                (
+                    f"{row.model_a} − {row.model_b}",
+                    bracket(row.difference, row.low, row.high, row.units),
+                    p_value(row.p_holm),
+                    row.verdict,
+                )
+                for row in rows_of(rows)
+            ],
+        }
+        for measure, rows in table.groupby("measure", sort=False)
+    ]
+
+
+def _seeds(lists: Lists) -> dict[str, Any] | None:
+    """The tables of the section about seeds; None without groups."""
+    if lists.group_means is None or lists.group_differences is None:
+        return None
+    means = [
+        (
+            MEASURES[row.measure].title,
+            row.group,
+            str(row.seeds),
+            bracket(row.mean, row.low, row.high, row.units),
+            amount(row.between_seeds, row.units),
+        )
+        for row in rows_of(lists.group_means)
+    ]
+    differences = [
+        (
+            MEASURES[row.measure].title,
+            f"{row.group_a} − {row.group_b}",
+            bracket(row.difference, row.low, row.high, row.units),
+            amount(row.between_seeds, row.units),
+            p_value(row.p_holm),
+            row.verdict,
+        )
+        for row in rows_of(lists.group_differences)
+    ]
+    similarity = [
+        (
+            MEASURES[measure].title,
+            row.group_a if row.group_a == row.group_b else f"{row.group_a} and {row.group_b}",
+            bracket(row.mean, row.low, row.high, least=2),
+            str(row.pairs),
+        )
+        for measure, table in lists.group_similarity.items()
+        for row in rows_of(table)
+        if row.pairs
+    ]
+    return {"means": means, "differences": differences, "similarity": similarity}
+
+
+def _method(info: Info) -> list[tuple[str, str]]:
+    """Everything a measure says about itself, as (heading, text)."""
+    streams = {
+        "exact": "any split of the images gives the same number",
+        "blocked": "summed over blocks, whose size belongs to the number",
+        "subset": "computed on the first images only",
+    }[info.streams]
+    return [
+        ("What", info.what),
+        ("Unit", info.unit or "none"),
+        ("Range", info.range),
+        ("Reading", info.direction),
+        ("Source", info.source),
+        ("Unchanged by", join(info.invariances) or "nothing listed"),
+        ("Images", streams),
+        ("Interval", info.interval),
+        ("Null", info.null),
+        ("Caveats", info.caveats),
+        ("Elsewhere", info.elsewhere),
+    ]
+
+
 def _glance(result: Comparison) -> dict[str, Any]:
     """Columns of the table of models, each a value per model."""
+    names = subjects(result)
     columns: dict[str, dict[str, str]] = {"Parameters": {}, "Blocks × heads": {}, "Patch grid": {}}
-    for name in result.models:
+    for name in names:
         description = result.describe(name)
         facts = {key: fact["value"] for key, fact in description["facts"].items()}
         columns["Parameters"][name] = _parameters(description["parameters"])
@@ -125,15 +256,10 @@ def _glance(result: Comparison) -> dict[str, Any]:
     for measure in ("attention_distance", "attention_entropy"):
         if measure in result.measures:
             title = f"{MEASURES[measure].title}, first to last block"
-            columns[title] = {name: _first_to_last(result, measure, name) for name in result.models}
+            columns[title] = {name: _first_to_last(result, measure, name) for name in names}
     if "sink_mass" in result.measures:
         title = f"{MEASURES['sink_mass'].title}, mean"
-        columns[title] = {
-            name: percent(mean)
-            if (mean := result.sink_mass(name).mean()).notnull()
-            else "undefined"
-            for name in result.models
-        }
+        columns[title] = {name: findings.overall(result, "sink_mass", name) for name in names}
     return {
         "columns": list(columns),
         "rows": list(columns.values()),
@@ -142,11 +268,13 @@ def _glance(result: Comparison) -> dict[str, Any]:
 
 
 def _first_to_last(result: Comparison, measure: str, name: str) -> str:
-    values = result.attention(measure, name, relative=needs_relative(result, measure))
-    by_block = values.mean("head").dropna("layer").values
-    if not len(by_block):
+    relative = result.needs_relative(measure, subjects(result))
+    table = result.by_layer(measure, name, relative=relative)
+    units, table = table.attrs["units"], table.where(table["value"].notnull(), drop=True)
+    if not table.sizes["layer"]:
         return "undefined"
-    return change(by_block[0], by_block[-1], values.attrs["units"])
+    first, last = (findings.of_layer(table.isel(layer=index), units) for index in (0, -1))
+    return f"{first} → {last}"
 
 
 def _explanation(measure: str, attention: tuple[str, ...]) -> str:
@@ -162,7 +290,7 @@ def _explanation(measure: str, attention: tuple[str, ...]) -> str:
 
 def _titles(attention: tuple[str, ...]) -> list[str]:
     """Titles of the renormalised measures among these, inside a sentence."""
-    return [MEASURES[name].title.lower() for name in attention if name in _RENORMALISED]
+    return [findings.in_text(name) for name in attention if name in _RENORMALISED]
 
 
 def _without_prefix(result: Comparison, attention: tuple[str, ...]) -> dict[str, str]:
@@ -171,7 +299,7 @@ def _without_prefix(result: Comparison, attention: tuple[str, ...]) -> dict[str,
         return {}
     return {
         name: f"{name} has no prefix tokens, so its sink mass is 0 by construction."
-        for name in result.models
+        for name in findings.shown(result)
         if not findings.has_prefix(result, name)
     }
 
@@ -194,7 +322,7 @@ def _card(result: Comparison, name: str) -> dict[str, Any]:
     return {
         **description,
         "facts": _facts(description["facts"]),
-        "color": result.models.index(name) % len(COLORS),
+        "color": color_index(result, name),
         "headline": headline,
         "loading": _loading(description["report"]),
         "nonfinite": description["nonfinite"],
@@ -267,21 +395,31 @@ def _settings(result: Comparison, attention: tuple[str, ...]) -> list[str]:
             ", so sink mass, which this hides, stands beside" if "sink_mass" in attention else ""
         )
         sentences.append(f"{subject[0].upper()}{subject[1:]} {verb} it over patch keys{beside}.")
-        if len(result.models) > 1:
-            sentences.append(
-                "Differences between models are paired: the same images, a Student t interval of "
-                "their mean difference. Models cannot be told apart when it contains 0."
-            )
+    if len(result.models) > 1 and any(
+        result.group_of(name) != "similarity" and result.is_per_image(name)
+        for name in result.measures
+    ):
+        sentences.append(
+            "Differences between models are paired: the same images, heads and layers averaged "
+            "within each, and a Student t interval of the mean difference. Models cannot be told "
+            "apart when that interval contains 0, or when Holm's correction over the list of "
+            "differences does not let the difference stand."
+        )
+    if result.groups:
+        sentences.append(
+            "Claims about methods take seeds as the unit: Welch's t interval between methods, "
+            "Student's t within one; images are no replicates of a method."
+        )
     if "attention_distance" in attention:
         firsts = {
             name: (
                 findings.first_blocks(result, name),
                 show(result.describe(name)["facts"]["depth"]["value"]),
             )
-            for name in result.models
+            for name in subjects(result)
         }
         if len(set(firsts.values())) == 1:
-            first, depth = firsts[result.models[0]]
+            first, depth = firsts[subjects(result)[0]]
             numbers = f"{first} of {depth}"
         else:
             numbers = join(

@@ -30,9 +30,37 @@ def quantity(value: float, units: str) -> str:
     """A number in its unit: `45.2 px`, `38.1 % of uniform`, a share in whole per cent."""
     if units == "share":
         return percent(value)
+    return amount(value, units)
+
+
+def amount(value: float, units: str) -> str:
+    """As `quantity`, but a share too has three significant digits; a dash for nan."""
+    scale, unit = _scaled(units)
+    return f"{number(scale * value)}{unit}" if np.isfinite(value) else "–"
+
+
+def bracket(value: float, low: float, high: float, units: str = "", least: int = 0) -> str:
+    """A number, its unit and its interval: `45.2 px [44.9, 45.5]`.
+
+    To the digits that its interval supports, and at least to `least` decimals. Where there is no
+    interval, as `quantity`, or with `least` decimals.
+    """
+    scale, unit = _scaled(units)
+    width = scale * (high - low)
+    if not (np.isfinite(width) and width > 0):
+        return _fixed(value, least) if least else quantity(value, units)
+    digits = min(6, max(least, int(np.ceil(np.round(-np.log10(width / 3), 6)))))
+    middle, below, above = (_fixed(scale * end, digits) for end in (value, low, high))
+    return f"{middle}{unit} [{below},{NBSP}{above}]"
+
+
+def _scaled(units: str) -> tuple[float, str]:
+    """What a number is multiplied with to be printed, and what follows it."""
+    if units == "share":
+        return 100.0, f"{NBSP}%"
     if units == "relative to uniform":
-        return f"{number(100 * value)}{NBSP}% of uniform"
-    return f"{number(value)}{NBSP}{units}"
+        return 100.0, f"{NBSP}% of uniform"
+    return 1.0, "" if units in ("", "1") else f"{NBSP}{units}"
 
 
 def percent(value: Any) -> str:
@@ -54,30 +82,11 @@ def show(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def change(first: float, last: float, units: str) -> str:
-    """Two quantities with their unit once: `45.2 → 60.1 px`."""
-    if units == "share" or units == "relative to uniform":
-        start = quantity(first, units).split(NBSP)[0]
-    else:
-        start = number(first)
-    return f"{start}{NBSP}→{NBSP}{quantity(last, units)}"
-
-
-def estimate(value: float, margin: float, units: str) -> tuple[str, str, str]:
-    """A difference, its interval, and their unit, to two digits of the interval's width.
-
-    `0.009`, `−0.001 to 0.019` and `px`; more digits where an end would be rounded to zero.
-    """
-    scale, sign, unit = 1.0, "", units
-    if units == "relative to uniform":
-        scale, sign, unit = 100.0, f"{NBSP}%", "of uniform"
-    value, ends = scale * value, [scale * (value - margin), scale * (value + margin)]
-    width = max(ends[1] - ends[0], abs(value) / 1000)
-    digits = min(6, max(0, 1 - int(np.floor(np.log10(width))))) if width else 0
-    while digits < 6 and any(end and round(end, digits) == 0 for end in ends):
-        digits += 1
-    middle, low, high = (_fixed(end, digits) + sign for end in (value, *ends))
-    return middle, f"{low} to {high}", unit
+def p_value(p: float) -> str:
+    """`0.031`, `< 0.001`, and a dash where there is none."""
+    if not np.isfinite(p):
+        return "–"
+    return f"<{NBSP}0.001" if p < 0.001 else _fixed(p, 3)
 
 
 def _fixed(value: float, digits: int) -> str:

@@ -1,0 +1,298 @@
+"""What attention and tokens show layer by layer, in sentences."""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vitprobe.plots.attention import uniform
+from vitprobe.plots.differences import UNDECIDED
+from vitprobe.plots.style import subjects
+from vitprobe.report.findings.models import has_prefix, in_text, shown
+from vitprobe.report.findings.similarity import peaks_of
+from vitprobe.report.words import LEVEL, bracket, count, join, layers_in_words, percent, quantity
+from vitprobe.statistics import paired, t_interval
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+
+    from vitprobe.report.lists import Lists
+    from vitprobe.results import Comparison
+
+_TIE = 1e-9
+
+
+def locality(result: Comparison) -> str:
+    """Which model attends most locally in the first quarter of its blocks."""
+    names = subjects(result)
+    firsts = {name: first_blocks(result, name) for name in names}
+    blocks = {name: slice(first) for name, first in firsts.items()}
+    if len(set(firsts.values())) > 1:
+        where = "In the first quarter of their blocks"
+    elif firsts[names[0]] == 1:
+        where = "In the first block"
+    else:
+        where = f"In the first {firsts[names[0]]} blocks"
+    return _ranking(
+        result,
+        "attention_distance",
+        blocks,
+        where,
+        superlative="attends most locally",
+        equally="attend equally locally",
+        noun="mean attention distance",
+    )
+
+
+def focus(result: Comparison, lists: Lists) -> str:
+    """Which model spreads its attention over the fewest patches, over all blocks."""
+    table = lists.differences
+    return _ranking(
+        result,
+        "attention_entropy",
+        {name: slice(None) for name in subjects(result)},
+        "Over all blocks",
+        superlative="attends most narrowly",
+        equally="attend equally narrowly",
+        noun="mean attention entropy",
+        judged=table[table["measure"] == "attention_entropy"],
+    )
+
+
+def trend(result: Comparison, measure: str, name: str) -> str:
+    """How a measure moves from a model's first block to its last, and its extreme head."""
+    relative = result.needs_relative(measure, subjects(result))
+    by_block = result.by_layer(measure, name, relative=relative)
+    noun, units = in_text(measure), by_block.attrs["units"]
+    by_block = by_block.where(by_block["value"].notnull(), drop=True)
+    blocks = by_block["layer"].values
+    if not len(blocks):
+        return f"{name}: {noun} is undefined in every block."
+    start, end = int(blocks[0]), int(blocks[-1])
+    first, last = (of_layer(by_block.sel(layer=block), units) for block in (start, end))
+    values = [float(by_block["value"].sel(layer=block)) for block in (start, end)]
+    if len(blocks) == 1:
+        move = f"{name}: {noun} is {first} in block {start}"
+    elif quantity(values[0], units) == quantity(values[1], units):
+        move = f"{name}: {noun} stays near {first} from block {start} to block {end}"
+    else:
+        verb = "grows" if values[1] > values[0] else "falls"
+        move = f"{name}: {noun} {verb} from {first} in block {start} to {last} in block {end}"
+    return f"{move}{_extreme_head(result, measure, name, relative=relative)}."
+
+
+def token_trend(result: Comparison, measure: str) -> str:
+    """A token measure of each model in its first layer and its last."""
+    parts = []
+    for name in shown(result):
+        table = result.by_layer(measure, name)
+        units = table.attrs["units"]
+        table = table.where(table["value"].notnull(), drop=True)
+        if not table.sizes["layer"]:
+            parts.append(f"undefined for {name}")
+            continue
+        ends = [table.isel(layer=index) for index in (0, -1)]
+        first, last = (of_layer(end, units) for end in ends)
+        layers = [int(end["layer"]) for end in ends]
+        parts.append(f"{name}: {first} in layer {layers[0]}, {last} in layer {layers[1]}")
+    return f"{'; '.join(parts)}."
+
+
+def sinks(result: Comparison) -> str:
+    """How much attention prefix tokens draw, where most."""
+    parts = []
+    for name in shown(result):
+        if not has_prefix(result, name):
+            parts.append(f"{name} has no prefix tokens, so its sink mass is 0 by construction")
+            continue
+        by_block = result.by_layer("sink_mass", name)
+        value = by_block["value"]
+        defined = int(value.notnull().sum())
+        if not defined:
+            parts.append(f"it is undefined for {name}")
+            continue
+        peaks, largest = peaks_of(value)
+        if len(peaks) < defined:
+            if len(peaks) == 1:
+                largest = of_layer(by_block.sel(layer=peaks[0]), "share")
+            where = f" (most in {layers_in_words(peaks, 'block')}, {largest})"
+        else:
+            where = " (alike in every block)" if defined > 1 else ""
+        parts.append(f"{overall(result, 'sink_mass', name)} in {name}{where}")
+    return f"Share of patch attention that goes to prefix tokens: {'; '.join(parts)}."
+
+
+def spectrum(result: Comparison, name: str) -> str:
+    """How much of the highest frequency each end of a model holds, and what the bands are."""
+    curves = result.fourier_curves(name)
+    ends = []
+    for layer in (0, -1):
+        line = curves.isel(layer=layer).dropna("step", subset=["value"])
+        if line.sizes["step"]:
+            text = of_layer(line.isel(step=-1), "")
+            ends.append(f"{text} in layer {int(line['layer'])}")
+    band = f"Band: {LEVEL} interval of the mean over images, frequency by frequency (pointwise)."
+    return f"{name} at the highest frequency: {join(ends)}. {band}" if ends else "Undefined."
+
+
+def band_of_overlay(result: Comparison, measure: str) -> str:
+    """What line, band and bars of an overlay are."""
+    name = subjects(result)[0]
+    images = count(result.provenance["images"]["count"], "image")
+    fused = result.attention(measure, name).sizes["head"] == 1
+    line = "Line: mean over images" if fused else "Line: mean over heads and images"
+    band = f"band: {LEVEL} interval of that mean over {images}, block by block (pointwise)"
+    bars = "" if fused else "; thin bars beside: middle half of the heads, which is no uncertainty"
+    return f"{line}; {band}{bars}.{_dashed(result)}"
+
+
+def band_of_tokens(result: Comparison, measure: str) -> str:
+    """What line and band of a token measure are."""
+    name = subjects(result)[0]
+    if not result.by_layer(measure, name)["low"].notnull().any():
+        return f"This measure has no interval.{_dashed(result)}"
+    if result.is_per_image(measure):
+        images = count(result.provenance["images"]["count"], "image")
+        what = f"Line: mean over images; band: {LEVEL} interval of that mean over {images}"
+    else:
+        what = f"Line: value over all images; band: its {LEVEL} interval over images"
+    return f"{what}, layer by layer (pointwise).{_dashed(result)}"
+
+
+def overall(result: Comparison, measure: str, name: str) -> str:
+    """The mean of a measure over heads, layers and images, with its interval over images."""
+    found = t_interval(_per_image(result, measure, name, slice(None)))
+    if not np.isfinite(found.value):
+        return "undefined"
+    units = result.layer_images(measure, name).attrs["units"]
+    return bracket(float(found.value), float(found.low), float(found.high), units)
+
+
+def of_layer(row: xr.Dataset, units: str) -> str:
+    """The number of one layer with its interval."""
+    value, low, high = (float(row[key]) for key in ("value", "low", "high"))
+    return bracket(value, low, high, units)
+
+
+def first_blocks(result: Comparison, name: str) -> int:
+    """How many blocks count as a model's first: a quarter, rounded up."""
+    return ceil(result.attention("attention_distance", name).sizes["layer"] / 4)
+
+
+def _dashed(result: Comparison) -> str:
+    return " Dashed: untrained twins." if result.references else ""
+
+
+def _extreme_head(result: Comparison, measure: str, name: str, *, relative: bool) -> str:
+    """The head to look at first, unless it is printed as others are; as the end of a sentence."""
+    values = result.attention(measure, name, relative=relative)
+    units = values.attrs["units"]
+    # Local and narrow heads are the remarkable ones, but of sinks the strongest.
+    superlative, extreme = (
+        ("highest", values.max()) if units == "share" else ("lowest", values.min())
+    )
+    text = quantity(float(extreme), units)
+    found = [
+        (row, column)
+        for row, column in np.argwhere(np.isfinite(values.values))
+        if quantity(float(values.values[row, column]), units) == text
+    ]
+    defined = int(values.notnull().sum())
+    if len(found) == defined:
+        return "; all heads are alike" if defined > 1 else ""
+    if len(found) > 1:
+        return f"; the {superlative} heads, {len(found)} of {defined}, are at {text}"
+    row, column = found[0]
+    head, block = int(values["head"][column]), int(values["layer"][row])
+    low, high = (
+        float(end[row, column]) for end in result.interval(measure, name, relative=relative)
+    )
+    text = bracket(float(extreme), low, high, units)
+    return f"; the {superlative} head is head {head} of block {block} ({text})"
+
+
+def _ranking(
+    result: Comparison,
+    measure: str,
+    blocks: dict[str, slice],
+    where: str,
+    *,
+    superlative: str,
+    equally: str,
+    noun: str,
+    judged: pd.DataFrame | None = None,
+) -> str:
+    """Order models by the mean of a measure over heads and chosen blocks, lowest first.
+
+    `judged` holds the Holm-corrected verdicts where the sentence is about the same numbers.
+    """
+    names = tuple(blocks)
+    relative = result.needs_relative(measure, names)
+    series = {
+        name: _per_image(result, measure, name, chosen, relative=relative)
+        for name, chosen in blocks.items()
+    }
+    units = result.attention(measure, names[0], relative=relative).attrs["units"]
+    estimates = {name: t_interval(values) for name, values in series.items()}
+    means = {name: float(estimate.value) for name, estimate in estimates.items()}
+    ranked = sorted((name for name in means if np.isfinite(means[name])), key=means.__getitem__)
+    texts = {
+        name: bracket(means[name], float(estimates[name].low), float(estimates[name].high), units)
+        for name in ranked
+    }
+    undefined = [name for name in names if name not in ranked]
+    tail = f" It is undefined for {join(undefined)}." if undefined else ""
+    if not ranked:
+        return f"{where}, {noun} is undefined for {join(undefined)}."
+    best = ranked[0]
+    if len(ranked) == 1:
+        value = texts[best]
+        if not relative:
+            value += _of_uniform(result, measure, best, means[best])
+        return f"{where}, {best} has a {noun} of {value}.{tail}"
+    runner = ranked[1]
+    listed = ", ".join(f"{name} {texts[name]}" for name in ranked)
+    difference = series[runner] - series[best]
+    difference = difference[np.isfinite(difference)]
+    if len(difference) == 1:
+        verdict = f"{best} {superlative} on a single image, too few to judge"
+    elif not len(difference):
+        verdict = f"{best} and {runner} share no image on which both are defined"
+    elif np.abs(difference).max() < _TIE * max(abs(means[best]), 1.0):
+        tied = [name for name in ranked if means[name] - means[best] < _TIE]
+        verdict = f"{join(tied)} {equally}"
+    else:
+        found = paired(series[runner], series[best])
+        text = bracket(float(found.value), float(found.low), float(found.high), units)
+        test = f"{LEVEL} interval, paired over {count(len(difference), 'image')}"
+        if found.low <= 0 <= found.high:
+            verdict = f"{best} and {runner} cannot be told apart: they differ by {text} ({test})"
+        elif judged is not None and _undecided(judged, best, runner):
+            verdict = (
+                f"{best} and {runner} cannot be told apart after Holm's correction: they differ "
+                f"by {text} ({test})"
+            )
+        else:
+            verdict = f"{best} {superlative}, ahead of {runner} by {text} ({test})"
+    return f"{where}, {verdict}. {noun[0].upper()}{noun[1:]}: {listed}.{tail}"
+
+
+def _undecided(table: pd.DataFrame, a: str, b: str) -> bool:
+    pair = table["model_a"].isin((a, b)) & table["model_b"].isin((a, b))
+    return bool((table[pair]["verdict"] == UNDECIDED).any())
+
+
+def _per_image(
+    result: Comparison, measure: str, name: str, blocks: slice, *, relative: bool = False
+) -> np.ndarray:
+    """The mean over heads, then over some blocks, of every image."""
+    images = result.layer_images(measure, name, relative=relative)
+    return np.asarray(images.isel(layer=blocks).mean("layer").values)
+
+
+def _of_uniform(result: Comparison, measure: str, name: str, value: float) -> str:
+    level = uniform(result, measure, name)
+    return f" ({percent(value / level)} of uniform attention)" if np.isfinite(level) else ""
