@@ -350,8 +350,10 @@ def test_cka_of_pooled_tokens_is_exact_over_all_blocks(pair):
     assert found.provenance["blocks"] == 3
     assert found.provenance["cka_value"] == "exact"
     assert float(found.cka("a", "a")[1, 3]) == pytest.approx(expected, abs=1e-5)
-    blocked = vp.compare(pair, squares(100), ["cka"], estimator="biased", **options)
-    assert blocked.provenance["cka_value"] == "blocked"
+    biased = vp.compare(pair, squares(100), ["cka"], estimator="biased", **options)
+    expected = cka(x[1].mean(1), x[3].mean(1), estimator="biased")
+    assert float(biased.cka("a", "a")[1, 3]) == pytest.approx(expected, abs=1e-5)
+    assert not any("depends on the block size" in note for note in biased.notes)
     patches = vp.compare(pair, squares(32), ["cka"], **(options | {"tokens": "patches"}))
     assert patches.provenance["cka_value"] == "blocked"
 
@@ -445,6 +447,12 @@ def test_a_twin_has_the_architecture_and_input_of_its_model(tmp_path):
     assert not torch.equal(*weights)
     timm = vp.load("init:vit_tiny_patch16_224", seed=3, size=64)
     assert untrained(timm, "twin").input_size == (3, 64, 64)
+
+
+def test_a_twin_of_a_model_with_the_longest_name_has_a_name(files):
+    model = vp.load(files[0].spec, name="m" * 100, heads=3)
+    found = vp.compare([model], squares(8), ["cka"], random_reference=True, **QUIET)
+    assert found.references == {"m" * 100: "m" * 88 + " (untrained)"}
 
 
 def test_a_twin_of_a_file_that_is_gone_is_noted(tmp_path):

@@ -42,6 +42,7 @@ ALL: Final = "all"
 KNOWN: Final = tuple(name for name in MEASURES if name != COMPANION)
 
 LONGEST_NAME: Final = 100
+UNTRAINED: Final = " (untrained)"
 
 Precision = Literal["fp32", "bf16"]
 
@@ -147,9 +148,9 @@ def compare(
         measures: names from `vitprobe.measures.MEASURES`, or `["all"]`; attention measures bring
             sink mass with them, CKA the first-direction share.
         layers: `normed` (what each block's attention reads, and the final norm) or `residual`.
-        tokens: what of a layer is compared: `patches`, `cls`, `mean` or `all`. Debiased CKA of
-            `cls` and `mean` is exact over all images; any other belongs to the block size.
-        estimator: of HSIC in CKA; `biased` is exact only when all images fit in one block.
+        tokens: what of a layer is compared: `patches`, `cls`, `mean` or `all`. Linear CKA of `cls`
+            and `mean` is exact over all images; any other belongs to the block size.
+        estimator: of HSIC in CKA; summed over blocks, `biased` is exact only with one block.
         block: images over which similarity is computed before it is summed; recorded.
         batch_size: images in one forward pass, at most and by default a block.
         device: `auto` (CUDA or MPS where there is one), or a torch device.
@@ -273,7 +274,8 @@ class _Run:
             twin = next((twin for like, twin in twins if same_architecture(like, model)), None)
             if twin is None:
                 try:
-                    twin = untrained(model, f"{model.name} (untrained)")
+                    name = model.name[: LONGEST_NAME - len(UNTRAINED)] + UNTRAINED
+                    twin = untrained(model, name)
                 except VitprobeError as error:
                     reason = str(error).rstrip(".")
                     self.notes.append(f"{model.name} has no untrained twin: {reason}.")
@@ -439,7 +441,8 @@ class _Run:
                 f"{limit} images were asked for and {len(self.images.used)} could be had."
             )
         blocks = self.similarities.blocks
-        if self.settings.estimator == "biased" and blocks is not None and blocks > 1:
+        exact = self.similarities.cka_value == "exact" and "cka_rbf" not in self.settings.similarity
+        if self.settings.estimator == "biased" and blocks is not None and blocks > 1 and not exact:
             self.notes.append(
                 f"Biased CKA was summed over {blocks} blocks and so depends on the block size; it "
                 "is exact only with one block."

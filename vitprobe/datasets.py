@@ -63,7 +63,7 @@ def similarity_dataset(
         features: (model, layer) of each row and column; row a and column b hold the measure of
             (a, b).
         measures: by name.
-        sums: the state of CKA that merges, by name, (…, features, features) each.
+        sums: the state of CKA that merges, by name, (…, features, features) each or a number.
     """
     dims = ("feature_a", "feature_b")
     variables: dict[str, Any] = {}
@@ -80,7 +80,7 @@ def similarity_dataset(
         variables[f"{name}_floor"] = (dims, arrays.floor, {"long_name": floor})
     for name, array in (sums or {}).items():
         leading = tuple(f"{name}_{axis}" for axis in range(array.ndim - 2))
-        variables[f"cka_{name}"] = ((*leading, *dims), array)
+        variables[f"cka_{name}"] = ((*leading, *dims) if array.ndim else (), array)
     names, layers = _columns(features)
     return xr.Dataset(
         variables,

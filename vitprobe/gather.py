@@ -43,7 +43,7 @@ from vitprobe.measures.tokens import (
 )
 from vitprobe.models import Model
 
-EXACT_BYTES = 1 << 30
+EXACT_BYTES = 1 << 32
 """Most bytes of feature-space sums; beyond it CKA of pooled tokens is the blocked estimate."""
 
 
@@ -85,7 +85,7 @@ class Similarities:
         self.cka = CKA(count, estimator) if "cka" in measures else None
         self.rbf = CKARBF(count, estimator) if "cka_rbf" in measures else None
         self.first_direction = FirstDirectionShare(count) if self.cka else None
-        self.exact = self._exact(models) if self._wants_exact else None
+        self.exact = self._exact(models, estimator) if self._wants_exact else None
         asked = any(name in SUBSET for name in measures)
         self.subset = Subset(count, max_images) if asked else None
         self._parts: dict[int, list[Tensor]] = {}
@@ -94,13 +94,12 @@ class Similarities:
 
     @property
     def _wants_exact(self) -> bool:
-        pooled = self.tokens in ("cls", "mean")
-        return pooled and self.cka is not None and self.cka.estimator == "unbiased"
+        return self.tokens in ("cls", "mean") and self.cka is not None
 
     @staticmethod
-    def _exact(models: Sequence[Model]) -> ExactCKA | None:
+    def _exact(models: Sequence[Model], estimator: Estimator) -> ExactCKA | None:
         widths = [m.anatomy.width for m in models for _ in feature_layers(m.anatomy)]
-        return ExactCKA(widths) if ExactCKA.state_bytes(widths) <= EXACT_BYTES else None
+        return ExactCKA(widths, estimator) if ExactCKA.state_bytes(widths) <= EXACT_BYTES else None
 
     @property
     def streaming(self) -> bool:
@@ -172,7 +171,9 @@ class Similarities:
                 "CKA is the estimate over blocks: the sums of its exact value would take more than "
                 f"{EXACT_BYTES >> 20} MB."
             )
-        sums = {} if self.cka is None else _sums(self.cka)
+        sums = {}
+        if self.cka is not None:
+            sums = _sums(self.cka) | {"pairs": np.asarray(self.cka.pairs)}
         return similarity_dataset(self.features, measures=arrays, sums=sums)
 
     def _on_subset(self, measure: SubsetMeasure, notes: list[str]) -> SimilarityResult:
@@ -371,6 +372,11 @@ def _note_rows(
         notes.append(
             f"{model.name}: {rows} attention rows had no mass on patches and are left out of "
             f"{measure.info.title.lower()}."
+        )
+    elif rows and measure.needs == "heads":
+        notes.append(
+            f"{model.name}: {rows} attention rows have no {measure.info.title}, infinite or of a "
+            "head alone in its block, and are left out of it."
         )
     undefined = sum(int(np.isnan(mean).sum()) for mean in means)
     if undefined:

@@ -56,9 +56,7 @@ class Comparison:
 
         `provenance["models"]` lists the descriptions of the models in order.
         """
-        root = xr.Dataset(
-            attrs={"format": FORMAT, "provenance": json.dumps(provenance, sort_keys=True)}
-        )
+        root = xr.Dataset(attrs={"format": FORMAT, "provenance": json.dumps(provenance)})
         return cls(xr.DataTree.from_dict({"/": root, **{f"/{k}": v for k, v in groups.items()}}))
 
     @property

@@ -149,6 +149,7 @@ def comparison(
         "python": "3.11.2",
         "platform": "Linux x86_64",
         "estimator": estimator,
+        "cka_value": "blocked",
         "max_images": 256,
         "images": {
             "source": "photos.zip",

@@ -197,6 +197,27 @@ def test_any_subset_of_measures_makes_a_page(measures, tmp_path):
     assert ("attention" in page.ids) == ("cka" not in measures)
 
 
+def test_a_measure_that_is_undefined_everywhere_is_a_sentence_and_no_figure(tmp_path):
+    result = comparison({"A": Subject(2)}, measures=("cka", "svcca", "procrustes"))
+    result.tree["similarity"]["svcca"][:] = np.nan
+    html = report(result, tmp_path / "out").read_text(encoding="utf-8")
+    assert "SVCCA is undefined in all layers; the notes say why." in html
+    assert "Procrustes similarity is undefined" not in html
+    assert not (tmp_path / "out/figures/svcca.svg").exists()
+    assert (tmp_path / "out/figures/procrustes.svg").exists()
+    assert (tmp_path / "out/tables/svcca.csv").exists()
+
+
+def test_the_page_says_whether_cka_is_of_all_images_or_of_blocks(tmp_path):
+    result = comparison({"A": Subject(2)}, measures=("cka",))
+    blocked = report(result, tmp_path / "blocked").read_text(encoding="utf-8")
+    result.provenance["cka_value"] = "exact"
+    exact = report(result, tmp_path / "exact").read_text(encoding="utf-8")
+    assert "accumulated over blocks of 128 images" in blocked
+    assert "over all images at once" in exact
+    assert "accumulated over blocks" not in exact
+
+
 def test_sentences_about_measures_that_are_absent_are_absent(tmp_path):
     result = comparison(
         {"A": Subject(2), "B": Subject(2)},

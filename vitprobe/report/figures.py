@@ -83,7 +83,7 @@ class Pictures:
     shares: tuple[Picture, ...]
     """First-direction shares, where CKA was measured."""
     grids: tuple[Picture, ...]
-    """Every other similarity measure of all pairs of models."""
+    """Every other similarity measure of all pairs of models, where it is defined for some."""
     overlays: tuple[Picture, ...]
     """The main attention measures, of all models in one axes."""
     heads: dict[str, tuple[Picture, ...]]
@@ -152,7 +152,10 @@ def draw(result: Comparison, folder: Path, lists: Lists) -> Pictures:
                 partial(plots.first_direction_share, result),
                 folder / "first_direction_share",
                 "First-direction share by layer, all models",
-                [findings.largest_share(result)],
+                [
+                    findings.largest_share(result),
+                    findings.band_of_tokens(result, "first_direction_share"),
+                ],
             )
         )
         _save(plots.similarity_grid(result, "cka", models=names), folder / "cka_all")
@@ -166,7 +169,7 @@ def draw(result: Comparison, folder: Path, lists: Lists) -> Pictures:
             wide=len(names) > 1,
         )
         for measure in by_group["similarity"]
-        if measure != "cka"
+        if measure != "cka" and findings.is_defined(result, measure, names)
     ]
 
     by_model: dict[str, list[Picture]] = {name: [] for name in names}
@@ -190,12 +193,15 @@ def draw(result: Comparison, folder: Path, lists: Lists) -> Pictures:
 
     def overlay(measure: str) -> Picture:
         title = MEASURES[measure].title
+        fused = result.attention(measure, names[0]).sizes["head"] == 1
         about = [] if measure in main else [MEASURES[measure].what]
+        # What is the same in all other figures is said once above them.
+        band = [findings.band_of_overlay(result, measure)] if measure in main or fused else []
         return _picture(
             partial(plots.attention_overlay, result, measure),
             folder / measure,
             f"{title} by block, all models",
-            [*about, findings.band_of_overlay(result, measure)],
+            [*about, *band],
         )
 
     tokens = [

@@ -69,6 +69,7 @@ def render(result: Comparison, pictures: Pictures, lists: Lists) -> str:
     )
     environment.filters["show"] = show
     provenance = result.provenance
+    undefined = _undefined(result)
     created = datetime.fromisoformat(provenance["created"])
     names = subjects(result)
     measures = [*result.measures, *(["first_direction_share"] if pictures.shares else [])]
@@ -80,7 +81,7 @@ def render(result: Comparison, pictures: Pictures, lists: Lists) -> str:
         title=_title(tuple(dict.fromkeys(kind_of(result, name) for name in names))),
         lead=_lead(result),
         created=f"{created.day} {created:%B %Y}",
-        contents=_contents(pictures, lists),
+        contents=_contents(pictures, lists, undefined),
         summary=findings.summary(result, lists),
         glance=_glance(result),
         models=[_card(result, name) for name in names],
@@ -91,6 +92,8 @@ def render(result: Comparison, pictures: Pictures, lists: Lists) -> str:
         intervals=provenance["estimator"] == "unbiased",
         pictures=pictures,
         explanations=[_explanation(name, attention) for name in attention if name in findings.MAIN],
+        band=_band(result, attention),
+        undefined=undefined,
         without_prefix=_without_prefix(result, attention),
         relative=join(relative),
         differences=_differences(lists.differences),
@@ -104,6 +107,29 @@ def render(result: Comparison, pictures: Pictures, lists: Lists) -> str:
         details=_details(provenance),
         citation=_citation(provenance["versions"].get("vitprobe"), created.year),
     )
+
+
+def _band(result: Comparison, attention: tuple[str, ...]) -> str:
+    """What line, band and bars are in the figures of heads beyond the main ones."""
+    name = subjects(result)[0]
+    others = (measure for measure in attention if measure not in findings.MAIN)
+    of_heads = (m for m in others if result.attention(m, name).sizes["head"] > 1)
+    measure = next(of_heads, None)
+    return "" if measure is None else findings.band_of_overlay(result, measure)
+
+
+def _undefined(result: Comparison) -> str:
+    """Similarity measures that have no value in any two layers, and so no figure."""
+    titles = [
+        MEASURES[measure].title
+        for measure in result.measures
+        if result.group_of(measure) == "similarity"
+        and not findings.is_defined(result, measure, subjects(result))
+    ]
+    if not titles:
+        return ""
+    verb = "is" if len(titles) == 1 else "are"
+    return f"{join(titles)} {verb} undefined in all layers; the notes say why."
 
 
 def _title(models: tuple[str, ...]) -> str:
@@ -125,9 +151,9 @@ def _lead(result: Comparison) -> str:
     return f"{subject} on {count(images['count'], 'image')} from {images['source']}: {listed}."
 
 
-def _contents(pictures: Pictures, lists: Lists) -> list[tuple[str, str]]:
+def _contents(pictures: Pictures, lists: Lists, undefined: str) -> list[tuple[str, str]]:
     sections = [
-        ("similarity", "Similarity", pictures.selves or pictures.grids),
+        ("similarity", "Similarity", pictures.selves or pictures.grids or undefined),
         ("attention", "Attention", pictures.overlays or pictures.others),
         ("tokens", "Tokens", pictures.tokens),
         ("differences", "Differences", len(lists.differences)),
@@ -376,7 +402,9 @@ def _settings(result: Comparison, attention: tuple[str, ...]) -> list[str]:
         sentences += [
             f"Layers ({provenance['layers']}): {read}.",
             f"Tokens compared: {provenance['tokens']}.",
-            f"CKA is {estimator}, accumulated over blocks of {provenance['block']} images.",
+            f"CKA is {estimator}, over all images at once."
+            if provenance["cka_value"] == "exact"
+            else f"CKA is {estimator}, accumulated over blocks of {provenance['block']} images.",
             f"Intervals of CKA are {LEVEL} and pointwise, from its influence function over images; "
             "a layer with itself is 1 by construction and has none."
             if provenance["estimator"] == "unbiased"

@@ -101,6 +101,11 @@ def widths(result: Comparison, measure: str, a: str, b: str) -> str:
     )
 
 
+def is_defined(result: Comparison, measure: str, names: Sequence[str]) -> bool:
+    """Whether a similarity measure has a value for any two layers of these models."""
+    return any(bool(result.similarity(measure, a, b).notnull().any()) for a in names for b in names)
+
+
 def grid(result: Comparison, measure: str, names: Sequence[str]) -> list[str]:
     """What a similarity measure of these models shows over all layer pairs."""
     info = MEASURES[measure]
@@ -109,13 +114,11 @@ def grid(result: Comparison, measure: str, names: Sequence[str]) -> list[str]:
         pair: _mean(cells) for pair in pairs if (cells := _cells(result.similarity(measure, *pair)))
     }
     sentences = [f"{info.title}. {info.what}"]
-    if not means:
-        sentences.append(f"{info.title} is undefined for every layer pair.")
-    elif len(means) == 1:
+    if len(means) == 1:
         (((a, b), mean),) = means.items()
         which = f"within {a}" if a == b else f"of {a} and {b}"
         sentences.append(f"The mean over all layer pairs {which} is {two_digits(mean)}.")
-    else:
+    elif means:
         most, least = max(means, key=means.__getitem__), min(means, key=means.__getitem__)
         sentences.append(
             f"The mean over layer pairs runs from {two_digits(means[least])} ({join(least)}) to "
