@@ -9,7 +9,8 @@ heads; patch 4 at 28 px, 16 at 224 px). At 28 px the images are arrays, at 224 p
 short side 256; "resident" means that ours holds the decoded images on the device. The roofline is
 the larger of FLOPs / (this device's matrix-product rate) and bytes / (its copy rate), both measured
 here; bytes are the activations kept for the gradient, written and read once, and the weights'
-traffic. A peer's DataLoader gets its published number of workers, or --workers.
+traffic. A peer's DataLoader gets its published number of workers, or --workers. On CUDA ours is
+measured with CUDA graphs too, where the method allows them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,6 +32,7 @@ import tyro
 from PIL import Image
 
 from vitprobe.data.labelled import Arrays, Labelled, load_labelled
+from vitprobe.errors import RecipeError
 from vitprobe.training import load_recipe, plan
 from vitprobe.training.encoder import build_encoder
 from vitprobe.training.plan import Plan
@@ -85,7 +88,7 @@ def main(settings: Settings) -> None:
     copies = copy_rate(device)
     print("# " + ", ".join(f"{p} {peak / 1e12:.3g} TFLOP/s" for p, peak in peaks.items()), end="")
     print(f", copy {copies / 1e9:.3g} GB/s")
-    print("method      ours              images/s   peer's   ratio   roofline")
+    print("method      ours                 images/s   peer's   ratio   roofline")
     with TemporaryDirectory() as folder:
         arrays, files = make_data(settings, Path(folder))
         for method in settings.methods:
@@ -109,12 +112,20 @@ def measure(
     for precision in settings.precisions:
         recipe = recipe_of(method, settings, precision)
         kinds = {"files": files, "resident": arrays if settings.resident or not files else None}
-        for kind, data in kinds.items():
+        variants = {"": recipe}
+        if device.type == "cuda":
+            try:
+                variants[" graphs"] = load_recipe(recipe, overrides={"compile": "graphs"})
+            except RecipeError as error:
+                print(f"# {method}: {error}")
+        for (kind, data), (how, variant) in product(kinds.items(), variants.items()):
             if data is None:
                 continue
-            run = Run(recipe, data, device, workers=workers if workers is not None else 2)
+            run = Run(variant, data, device, workers=workers if workers is not None else 2)
+            for note in run.engine.notes:
+                print(f"# {method}{how}: {note}")
             runs.append(run)
-            ours[f"{precision} {kind}"] = (run.advance, plan(recipe), precision)
+            ours[f"{precision} {kind}{how}"] = (run.advance, plan(recipe), precision)
     published = peers.WORKERS[method] if workers is None else workers
     loop = peer_of(method, settings, device, arrays if files is None else files, published)
     rates: dict[str, list[float]] = {name: [] for name in ["peer", *ours]}
@@ -135,7 +146,7 @@ def measure(
             peaks[precision] / planned.flops, copies / bytes_per_image(planned, settings.batch)
         )
         print(
-            f"{method:11} {name:17} {rate:8.0f} {peer:8.0f} {rate / peer:7.2f} {rate / bound:9.1%}"
+            f"{method:11} {name:20} {rate:8.0f} {peer:8.0f} {rate / peer:7.2f} {rate / bound:9.1%}"
         )
         settings.results.append(
             {"method": method, "ours": name, "images_per_s": rate, "peer": peer, "bound": bound}

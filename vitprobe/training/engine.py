@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vitprobe.errors import RecipeError
 from vitprobe.training import distributed
+from vitprobe.training.graphs import Pass, Replayed, tried
 from vitprobe.training.methods import Batch, Method
 from vitprobe.training.recipe import Recipe
 
@@ -54,7 +55,8 @@ class Engine:
     method: on its device, in training mode.
     sharded: split weights and optimiser over the processes (FSDP2), for models that do not fit one.
 
-    Raises RecipeError where a sharded run has no processes to share between.
+    Raises RecipeError where a sharded run has no processes to share between, and for graphs on
+    another device than CUDA or in several processes.
     """
 
     def __init__(
@@ -70,6 +72,17 @@ class Engine:
             precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
         if compiling == "auto":
             compiling = "blocks" if on_gpu else "off"
+        processes = distributed.world_size()
+        if compiling == "graphs":
+            if not on_gpu:
+                raise RecipeError(
+                    f'compile = "graphs" needs CUDA, but this is {device.type}; use "auto".'
+                )
+            if processes > 1:
+                raise RecipeError(
+                    'compile = "graphs" is for one process: gradients are exchanged outside of '
+                    'what a graph records. Use "blocks".'
+                )
         if device.type == "cpu" and recipe.encoder.grid**2 <= _FEW_PATCHES:
             for module in method.modules():
                 if isinstance(module, Attention):
@@ -81,9 +94,9 @@ class Engine:
         if compiling != "off":
             reason = _compile(_unheard_blocks(method), device)
             if reason:
-                self.notes.append(f"torch.compile failed ({reason}); running without it")
+                without = "it and CUDA graphs" if compiling == "graphs" else "it"
+                self.notes.append(f"torch.compile failed ({reason}); running without {without}")
                 compiling = "off"
-        processes = distributed.world_size()
         if sharded and processes == 1:
             raise RecipeError("Sharding needs several processes; start them with torchrun.")
         self.execution = Execution(
@@ -110,6 +123,15 @@ class Engine:
             self._module = DistributedDataParallel(
                 method, device_ids=[device.index] if on_gpu else None, **options
             )
+        self._pass: Pass = self._ordinary_pass
+        if compiling == "graphs":
+            replayed = Replayed(method, self._ordinary_pass)
+            reason = tried(method, self._ordinary_pass, replayed, recipe, device)
+            if reason:
+                self.notes.append(f"CUDA graphs failed their trial ({reason}); running without")
+                self.execution = replace(self.execution, compile="blocks")
+            else:
+                self._pass = replayed
 
     def gradients(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
         """Gradients of one update, from the next parts of the batch; the loss and its terms."""
@@ -117,12 +139,16 @@ class Engine:
         for part in range(self._accumulate):
             batch = next(batches)
             with self._synchronised(part == self._accumulate - 1):
-                with self._autocast():
-                    loss, terms = self._module(batch)
-                (loss / self._accumulate).backward()
-            for name, value in {"loss": loss, **terms}.items():
-                means[name] = means.get(name, 0) + value.detach().float() / self._accumulate
+                terms = self._pass(batch)
+            for name, value in terms.items():
+                means[name] = means.get(name, 0) + value.float() / self._accumulate
         return means
+
+    def _ordinary_pass(self, batch: Batch) -> dict[str, Tensor]:
+        with self._autocast():
+            loss, terms = self._module(batch)
+        (loss / self._accumulate).backward()
+        return {name: value.detach() for name, value in {"loss": loss, **terms}.items()}
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.execution.precision == "fp32":

@@ -35,6 +35,8 @@ class Recipe:
     accumulate: parts of a batch that are computed one after the other, to need less memory.
     precision: of activations; "auto" is bf16 on CUDA and fp32 elsewhere. Weights are fp32.
     compile: transformer blocks through torch.compile; "auto" is "blocks" on CUDA, "off" elsewhere.
+        "graphs" besides replays forward and backward passes as CUDA graphs, where a trial at the
+        start shows that this computes the same.
     recompute: forget activations inside each block and compute them again for the gradient.
     threads: of torch on the CPU, 0 for as many as it chooses. Sums depend on it to the last bit, so
         a recipe that must give the same numbers on every machine names it.
@@ -56,7 +58,7 @@ class Recipe:
     seed: int = 0
     accumulate: int = 1
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    compile: Literal["auto", "off", "blocks"] = "auto"
+    compile: Literal["auto", "off", "blocks", "graphs"] = "auto"
     recompute: bool = False
     threads: int = 0
     save_every: int = 1
@@ -87,6 +89,9 @@ class Recipe:
         reason = METHODS[self.method.name].accumulation_changes
         if self.accumulate > 1 and reason:
             raise RecipeError(f"accumulate must be 1 with {self.method.name}: {reason}.")
+        obstacle = self._graph_obstacle
+        if self.compile == "graphs" and obstacle:
+            raise RecipeError(f'compile = "graphs" cannot be had: {obstacle}; use "blocks".')
         METHODS[self.method.name].check_views(self.view_sizes, self.encoder)
 
     @property
@@ -106,6 +111,14 @@ class Recipe:
             for view in self.augmentations
             for _ in range(view.count)
         )
+
+    @property
+    def _graph_obstacle(self) -> str:
+        if self.recompute:
+            return "recompute saves and restores random states, which a graph cannot record"
+        if self.accumulate > 1:
+            return "with accumulate above 1, a graph would overwrite gradients instead of adding"
+        return METHODS[self.method.name].graph_obstacle
 
     def to_dict(self) -> dict[str, Any]:
         """Nested tables of JSON (and TOML) values."""

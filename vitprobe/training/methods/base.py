@@ -70,6 +70,9 @@ class Method(nn.Module, ABC):
     Config: ClassVar[type[MethodConfig]]
     accumulation_changes: ClassVar[str] = ""
     """Why gradients summed over parts of a batch are not those of the whole; "" where they are."""
+    graph_obstacle: ClassVar[str] = ""
+    """Why a CUDA graph cannot replay the loss, "" where it can: whatever changes between updates is
+    in tensors that stay in place, or is the number of the epoch."""
     needs_labels: ClassVar[bool] = False
     least_batch: ClassVar[int] = 1
     """Fewest images, over all processes, that a loss can be taken of."""

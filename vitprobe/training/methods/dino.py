@@ -74,6 +74,7 @@ class DINO(Method):
 
     Config = DINOConfig
     config: DINOConfig
+    graph_obstacle = "DINO keeps its teacher's temperature and counts outputs in Python numbers"
     centre: Tensor
     _output_sum: Tensor
 
