@@ -13,7 +13,7 @@ OPENING = """# The measures
 
 Written by `docs/measures.py` from the measures' own descriptions (`vitprobe.measures.MEASURES`),
 which the Methods section of a report quotes too. The name in brackets is what `--measures` and
-`compare(measures=[...])` take; `all` takes every one.
+`compare(measures=[...])` take; `all` takes every one, and `first_direction_share` comes with `cka`.
 
 - **Invariant to**: what may be done to the input without changing the number, and nothing else may.
   Transformations, scaling and shift are of the features of one layer (of either of two); images are
@@ -52,6 +52,8 @@ def _entry(info: Info) -> str:
         "Streams": info.streams,
         "Interval": info.interval,
         "Null": info.null,
+        "Compares": ", ".join(f"only models of equal {fact}" for fact in info.alike)
+        or "any models",
         "Caveats": info.caveats,
         "Elsewhere": info.elsewhere,
     }

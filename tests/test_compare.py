@@ -422,13 +422,13 @@ def test_untrained_twins(files, pair):
     start = vp.load(f"init:{files[0].spec}", name="Start", heads=3, mean=0.5, std=0.5)
     models = [*files[:2], pair[1], start]
     found = vp.compare(models, squares(), ["cka"], random_reference=True, **QUIET)
-    assert found.models == ("S 0", "S 1", "b", "Start", "S 0 (untrained)")
+    assert found.models == ("S 0", "S 1", "b", "Start", "Untrained twin")
     # Models that differ in weights alone share a twin, and an untrained one needs none.
-    assert found.references == {"S 0": "S 0 (untrained)", "S 1": "S 0 (untrained)"}
-    assert found.describe("S 0 (untrained)")["spec"].startswith("init:")
+    assert found.references == {"S 0": "Untrained twin", "S 1": "Untrained twin"}
+    assert found.describe("Untrained twin")["spec"].startswith("init:")
     assert any("b has no untrained twin: 'b' is a wrapped module" in note for note in found.notes)
-    assert found.cka("S 0", "S 0 (untrained)").shape == (4, 4)
-    twin, start = (found.cka(name, "S 0").values for name in ("S 0 (untrained)", "Start"))
+    assert found.cka("S 0", "Untrained twin").shape == (4, 4)
+    twin, start = (found.cka(name, "S 0").values for name in ("Untrained twin", "Start"))
     np.testing.assert_allclose(twin, start, atol=1e-12)  # both drawn from seed 0
     assert not vp.compare(models, squares(8), ["cka"], **QUIET).references
 
@@ -461,6 +461,18 @@ def test_a_twin_of_a_file_that_is_gone_is_noted(tmp_path):
     (tmp_path / "a.pth").unlink()
     found = vp.compare([model], squares(8), ["cka"], random_reference=True, **QUIET)
     assert f"A has no untrained twin: its file '{tmp_path / 'a.pth'}' is gone." in found.notes
+
+
+def test_one_run_is_no_two_seeds(files):
+    again = vp.load(files[0].spec, name="Again", heads=3)
+    groups = {"G": ["S 0", "Again"]}
+    with pytest.raises(VitprobeError, match="'S 0' and 'Again' of group 'G' have the same weights"):
+        vp.compare([*files, again], squares(8), ["sink_mass"], groups=groups, **QUIET)
+
+
+def test_a_group_and_a_model_do_not_share_a_name(files):
+    with pytest.raises(VitprobeError, match="a model and a group are both named 'S 0'"):
+        vp.compare(files, squares(8), ["sink_mass"], groups={"S 0": ["S 1"]}, **QUIET)
 
 
 def test_groups_of_seeds(files):

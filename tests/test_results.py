@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -113,7 +114,7 @@ def made():
         ),
     }
     provenance = {
-        "models": [{"name": name} for name in DEPTHS],
+        "models": [{"name": name, "facts": facts()} for name in DEPTHS],
         "measures": [
             *("cka", "mutual_knn", "linear_regression"),
             *("attention_distance", "sink_mass", "rollout_distance"),
@@ -125,6 +126,10 @@ def made():
         "references": {"A 1": "A 1 (untrained)"},
     }
     return Comparison.assemble(groups, provenance)
+
+
+def facts(grid=(4, 4), width=24):
+    return {"grid": {"value": list(grid)}, "width": {"value": width}}
 
 
 def datasets(result):
@@ -300,6 +305,30 @@ def test_differences_over_images_where_both_are_defined(made):
     found = made.difference("sink_mass", "A 1", "A 2")
     assert found.attrs["images"] == IMAGES  # block 1 is defined in all of them
     assert float(found["value"][0]) == pytest.approx(0, abs=1e-7)
+
+
+def test_a_difference_is_over_the_layers_that_both_have(made):
+    copies = {name: dataset.copy(deep=True) for name, dataset in datasets(made).items()}
+    result = Comparison.assemble(copies, made.provenance)
+    a, b = (result.tree["tokens"]["model"].values == name for name in ("A 1", "A 2"))
+    values = result.tree["tokens"]["token_cosine"]
+    values[:, a] = np.array([1.0, 5.0, 2.0])
+    values[:, b] = np.array([1.0, np.nan, 3.0])
+    found = result.difference("token_cosine", "A 1", "A 2").attrs
+    assert found["overall_value"] == pytest.approx(-0.5)
+    other_depth = result.difference("token_cosine", "A 2", "B 1").attrs
+    assert other_depth["images"] == 0  # no image has all layers in both
+
+
+def test_models_whose_values_do_not_compare_are_in_no_list(made):
+    provenance = json.loads(json.dumps(made.provenance))
+    provenance["models"][0]["facts"] = facts(grid=(6, 6))
+    other = Comparison.assemble(datasets(made), provenance)
+    for name, there in (("fourier_amplitude", False), ("token_cosine", True)):
+        table = other.differences([name])
+        assert len(table)
+        assert ("A 1" in {*table["model_a"], *table["model_b"]}) == there
+        assert bool(len(other.group_differences([name]))) == there
 
 
 def test_units_of_a_difference(made):

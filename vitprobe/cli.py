@@ -182,6 +182,8 @@ class Report:
     """Replace an earlier report in OUT."""
 
     def run(self) -> str:
+        if not self.result.is_file():
+            raise ResultError(f"no result file '{self.result}'")
         check_output(self.out, self.force)
 
         from vitprobe.report import check_folder, report

@@ -43,6 +43,7 @@ KNOWN: Final = tuple(name for name in MEASURES if name != COMPANION)
 
 LONGEST_NAME: Final = 100
 UNTRAINED: Final = " (untrained)"
+SHARED_TWIN: Final = "Untrained twin"
 
 Precision = Literal["fp32", "bf16"]
 
@@ -162,7 +163,8 @@ def compare(
         max_images: on how many of the first images measures are computed that need all their
             images together; their features are kept in memory until the end.
         random_reference: add to every model that was trained a twin of the same architecture with
-            random weights, "NAME (untrained)"; models that differ in weights alone share one.
+            random weights, "NAME (untrained)"; models that differ in weights alone share one,
+            "Untrained twin".
         groups: names of models that are seeds of one method, by the method's name.
 
     Returns:
@@ -225,6 +227,7 @@ class _Run:
                     f"cannot compare {type(model).__name__}: make a model of it with load or wrap"
                 )
         check_groups(self.groups, [model.name for model in self.models])
+        self._check_seeds()
         if self.random_reference:
             self._add_references()
         self._check_names()
@@ -251,6 +254,21 @@ class _Run:
         self.samples = {model.name: SampleMaps(model) for model in self.models}
         self.thumbnails = np.empty((0, THUMBNAIL, THUMBNAIL, 3), np.uint8)
 
+    def _check_seeds(self) -> None:
+        by_name = {model.name: model for model in self.models}
+        for group, members in self.groups.items():
+            seen: dict[tuple[str, str | None], str] = {}
+            for model in (by_name[name] for name in members):
+                if model.sha256 is None or is_untrained(model):
+                    continue
+                weights = (model.sha256, model.report.branch if model.report else None)
+                if weights in seen:
+                    raise VitprobeError(
+                        f"'{seen[weights]}' and '{model.name}' of group '{group}' have the same "
+                        "weights: give each seed once"
+                    )
+                seen[weights] = model.name
+
     def _check_names(self) -> None:
         names = [model.name for model in self.models]
         if not names:
@@ -267,22 +285,29 @@ class _Run:
 
     def _add_references(self) -> None:
         """An untrained twin for every trained model, one for all that differ in weights alone."""
-        twins: list[tuple[Model, Model]] = []
+        alike: list[list[Model]] = []
         for model in self.models:
             if is_untrained(model):
                 continue
-            twin = next((twin for like, twin in twins if same_architecture(like, model)), None)
-            if twin is None:
-                try:
-                    name = model.name[: LONGEST_NAME - len(UNTRAINED)] + UNTRAINED
-                    twin = untrained(model, name)
-                except VitprobeError as error:
-                    reason = str(error).rstrip(".")
-                    self.notes.append(f"{model.name} has no untrained twin: {reason}.")
-                    continue
-                twins.append((model, twin))
-            self.references[model.name] = twin.name
-        self.models = [*self.models, *(twin for _, twin in twins)]
+            part = next((part for part in alike if same_architecture(part[0], model)), None)
+            if part is None:
+                alike.append([model])
+            else:
+                part.append(model)
+        shared = 0
+        for part in alike:
+            name = part[0].name[: LONGEST_NAME - len(UNTRAINED)] + UNTRAINED
+            if len(part) > 1:
+                shared += 1
+                name = SHARED_TWIN if shared == 1 else f"{SHARED_TWIN} {shared}"
+            try:
+                twin = untrained(part[0], name)
+            except VitprobeError as error:
+                reason = str(error).rstrip(".")
+                self.notes += [f"{m.name} has no untrained twin: {reason}." for m in part]
+                continue
+            self.models = [*self.models, twin]
+            self.references |= {model.name: twin.name for model in part}
 
     def result(self) -> Comparison:
         views = {model.name: View(*model.input_size) for model in self.models}
@@ -501,6 +526,8 @@ def check_groups(groups: Mapping[str, Sequence[str]], names: Sequence[str]) -> N
     for group, members in groups.items():
         if not members:
             raise VitprobeError(f"group '{group}' has no models; name those that are its seeds")
+        if group in names:
+            raise VitprobeError(f"a model and a group are both named '{group}'; rename one")
         for name in members:
             if name not in names:
                 raise VitprobeError(

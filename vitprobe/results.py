@@ -377,7 +377,9 @@ class Comparison:
         Returns:
             `value`, `low`, `high` and `p` over (layer,), heads averaged within each image first;
             of no layers where the two models differ in depth. The attributes `overall_value`,
-            `overall_low`, `overall_high` and `overall_p` are of the mean over heads and layers.
+            `overall_low`, `overall_high` and `overall_p` are of the mean over heads and layers:
+            those layers of an image that are defined in both models, or, where they differ in
+            depth, the images with all layers defined.
             An interval that contains 0 means that the two cannot be told apart.
 
         Raises:
@@ -386,8 +388,17 @@ class Comparison:
         if relative is None:
             relative = self.needs_relative(measure, (a, b))
         first, second = (self.layer_images(measure, name, relative=relative) for name in (a, b))
-        overall = paired(self._mean(first, "layer"), self._mean(second, "layer"), level)
         equal = np.array_equal(first["layer"], second["layer"])
+        if equal:
+            # Means of the two models are over the same layers, image by image.
+            both = first.notnull() & second.notnull()
+            first, second = first.where(both), second.where(both)
+        else:
+            whole = (array.notnull().all("layer") for array in (first, second))
+            first, second = (
+                array.where(kept) for array, kept in zip((first, second), whole, strict=True)
+            )
+        overall = paired(self._mean(first, "layer"), self._mean(second, "layer"), level)
         layers = first["layer"].values if equal else first["layer"].values[:0]
         estimate = paired(first[:, : len(layers)], second[:, : len(layers)], level)
         names = ("value", "low", "high", "p")

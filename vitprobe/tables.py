@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import pandas as pd
 import xarray as xr
 
 from vitprobe.errors import ResultError
+from vitprobe.measures.registry import MEASURES
 from vitprobe.statistics import holm, quantile, t_interval, welch
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ def differences(result: Comparison, measures: Sequence[str] | None, level: float
     The pairs are all of trained models, and each model with its own untrained twin. Heads and
     layers are averaged within each image first. Units are relative to uniform attention where the
     uniform values of the two differ. A measure that two models have on no common image makes no
-    row: such a pair is no finding that the two cannot be told apart.
+    row: such a pair is no finding that the two cannot be told apart. Nor does one whose values do
+    not compare because the models differ in grid or width (`Info.alike`).
 
     Args:
         result: a Comparison.
@@ -112,6 +114,8 @@ def differences(result: Comparison, measures: Sequence[str] | None, level: float
     rows = []
     for measure in _chosen(result, measures, paired=True):
         for a, b in pairs(result):
+            if not _comparable(result, measure, (a, b)):
+                continue
             found = result.difference(measure, a, b, level=level).attrs
             if found["images"] == 0:
                 continue
@@ -158,7 +162,7 @@ def group_means(result: Comparison, measures: Sequence[str] | None, level: float
         ResultError: an unknown measure, or one of two layers.
     """
     rows = []
-    for measure in _chosen(result, measures):
+    for measure in _chosen(result, measures, companion=True):
         units, seeds = _seeds(result, measure)
         least, most = _ends(result, measure, units)
         for group, values in seeds.items():
@@ -175,7 +179,8 @@ def group_differences(
 ) -> pd.DataFrame:
     """Differences between groups, with seeds as the unit (Welch): one row a measure and pair.
 
-    Seeds where a measure is undefined do not count; a group without any makes no row.
+    Seeds where a measure is undefined do not count; a group without any makes no row, and neither
+    do groups whose models differ in what the measure's values depend on (`Info.alike`).
 
     Args:
         result: a Comparison.
@@ -194,7 +199,8 @@ def group_differences(
     for measure in _chosen(result, measures):
         units, seeds = _seeds(result, measure)
         for (a, of_a), (b, of_b) in combinations(seeds.items(), 2):
-            if not (len(of_a) and len(of_b)):
+            members = (*result.groups[a], *result.groups[b])
+            if not (len(of_a) and len(of_b) and _comparable(result, measure, members)):
                 continue
             difference, low, high, p, df, fewest = (x.item() for x in welch(of_a, of_b, level))
             spread = np.nan
@@ -310,6 +316,15 @@ def _seeds(result: Comparison, measure: str) -> tuple[str, dict[str, np.ndarray]
     return units, {group: numbers[~np.isnan(numbers)] for group, numbers in found.items()}
 
 
+def _comparable(result: Comparison, measure: str, names: Iterable[str]) -> bool:
+    """Whether models share what the values of a measure depend on."""
+    facts = [result.describe(name)["facts"] for name in names]
+    return all(
+        all(fact[key]["value"] == facts[0][key]["value"] for fact in facts)
+        for key in MEASURES[measure].alike
+    )
+
+
 def _groups(result: Comparison) -> dict[str, tuple[str, ...]]:
     if not result.groups:
         raise ResultError("this result has no groups of seeds; compare with --group NAME=SPEC,SPEC")
@@ -323,13 +338,19 @@ def _ends(result: Comparison, measure: str, units: str = "") -> tuple[float, flo
 
 
 def _chosen(
-    result: Comparison, measures: Sequence[str] | None, *, paired: bool = False
+    result: Comparison,
+    measures: Sequence[str] | None,
+    *,
+    paired: bool = False,
+    companion: bool = False,
 ) -> Iterator[str]:
     """The measures asked for, or all of models that a table can hold."""
     if isinstance(measures, str):
         raise ResultError(f"measures are a list of names: give ['{measures}']")
-    companion = ["first_direction_share"] if "cka" in result.measures else []
-    for measure in dict.fromkeys([*result.measures, *companion] if measures is None else measures):
+    every = [*result.measures]
+    if companion and "cka" in result.measures:
+        every.append("first_direction_share")
+    for measure in dict.fromkeys(every if measures is None else measures):
         fits = result.group_of(measure) != "similarity"
         fits = fits and (result.is_per_image(measure) or not paired)
         if fits:

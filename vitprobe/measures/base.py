@@ -55,6 +55,9 @@ class Info:
     """What others, by name, compute differently under the same name."""
     bounds: tuple[float, float] = (-math.inf, math.inf)
     """Between which every value lies, and intervals are cut."""
+    alike: tuple[Literal["grid", "width"], ...] = ()
+    """What models must have in common for their values to be comparable; lists of differences leave
+    out the others."""
 
 
 class Measure(ABC):

@@ -150,6 +150,7 @@ class RankMe(Measure):
             "the encoder (mean of patches, or the class token) over the images of the run."
         ),
         bounds=(1, math.inf),
+        alike=("width",),
     )
     degrees: ClassVar[float] = GROUPS - 1
     """Of freedom of the t quantile for its interval."""

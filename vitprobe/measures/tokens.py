@@ -328,6 +328,7 @@ class EffectiveRank(TokenMeasure):
             "1e-7."
         ),
         bounds=(1, math.inf),
+        alike=("grid", "width"),
     )
 
     def images(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -361,6 +362,7 @@ class FeatureVariance(TokenMeasure):
             "the mean over images here."
         ),
         bounds=(0, math.inf),
+        alike=("grid", "width"),
     )
 
     def images(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -446,6 +448,7 @@ class FourierAmplitude(TokenMeasure):
             "ties the number to the scale of features (epsilon=1e-6 of the function), and label "
             "the last frequency of an even grid pi, which it is not."
         ),
+        alike=("grid",),
     )
 
     def __init__(self) -> None:
