@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,6 +143,30 @@ def test_a_result_outlives_a_report_that_fails(run, checkpoint, photos, tmp_path
     (kept,) = (tmp_path / "new").iterdir()
     assert f"the report failed; the result is in '{kept}'" in err
     assert vp.open_result(kept).measures == ("sink_mass",)
+
+
+def test_a_result_that_does_not_fit_beside_the_report_is_kept_elsewhere(
+    run, checkpoint, photos, tmp_path, monkeypatch
+):
+    spare = tmp_path / "spare"
+    spare.mkdir()
+    write = Path.write_bytes
+
+    def full(self, data):
+        if self.parent != spare:
+            raise OSError(28, "No space left on device")
+        return write(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("tempfile.tempdir", str(spare))
+    arguments = (f"A={checkpoint},heads=3", "--images", photos, "--out", "out")
+    status, out, err = run("compare", *arguments, "--measures", "sink_mass")
+    (kept,) = spare.iterdir()
+    assert (status, out) == (2, "")
+    assert "No space left on device" in err
+    assert f"the result is in '{kept}', for vitprobe report" in err
+    assert vp.open_result(kept).measures == ("sink_mass",)
+    assert left_behind(tmp_path) == ["spare"]
 
 
 def test_inspect(run, checkpoint):

@@ -463,6 +463,15 @@ def test_a_twin_of_a_file_that_is_gone_is_noted(tmp_path):
     assert f"A has no untrained twin: its file '{tmp_path / 'a.pth'}' is gone." in found.notes
 
 
+def test_registers_alone_are_no_class_token():
+    model = vp.load("init:vit_medium_patch16_reg4_gap_256", size=32, name="R")
+    with pytest.raises(MeasureError, match="model 'R' has no class token"):
+        vp.compare([model], squares(8), ["cka"], tokens="cls", **QUIET)
+    found = vp.compare([model], squares(8), ["class_attention_entropy"], **QUIET)
+    assert found.attention("class_attention_entropy", "R").isnull().all()
+    assert any("Class-token attention entropy is undefined" in note for note in found.notes)
+
+
 def test_one_run_is_no_two_seeds(files):
     again = vp.load(files[0].spec, name="Again", heads=3)
     groups = {"G": ["S 0", "Again"]}

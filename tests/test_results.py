@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -544,12 +545,59 @@ def test_files_that_are_no_results(tmp_path, result):
 def test_a_result_that_lacks_what_it_names(made, tmp_path):
     for change, message in (
         ({"measures": [*made.measures, "cka_rbf"]}, "it has no cka_rbf"),
-        ({"models": [{"name": "A 1"}]}, "its models are not those"),
+        ({"models": [{"name": name} for name in ("A 1", "A 1")]}, "models is named twice"),
+        ({"measures": ["cka", "cka"]}, "measures is named twice"),
+        ({"notes": [None]}, "its notes are no list"),
+        ({"groups": {"G": ["none"]}}, "no model 'none'"),
+        ({"references": {"A 1": "none"}}, "no model 'none'"),
+        ({"groups": {}, "references": {}, "models": [{"name": "A 1"}]}, "its models are not those"),
     ):
         result = Comparison.assemble(datasets(made), {**made.provenance, **change})
         path = result.save(tmp_path / "run.nc")
         with pytest.raises(ResultError, match=message):
             vp.open_result(path)
+
+
+@pytest.mark.parametrize(
+    ("group", "gone", "message"),
+    [
+        ("similarity", "cka_floor", "it has no cka_floor"),
+        ("similarity", "layer_a", "it has no layer_a"),
+        ("attention", "head", "it has no head"),
+        ("attention", "sink_mass_undefined_rows", "it has no sink_mass_undefined_rows"),
+        ("tokens", "fourier_frequency", "it has no fourier_frequency"),
+        ("tokens", "first_direction_share", "it has no first_direction_share"),
+    ],
+)
+def test_a_result_that_lacks_a_variable(made, tmp_path, group, gone, message):
+    parts = datasets(made)
+    parts[group] = parts[group].drop_vars(gone)
+    path = Comparison.assemble(parts, made.provenance).save(tmp_path / "run.nc")
+    with pytest.raises(ResultError, match=message):
+        vp.open_result(path)
+
+
+def test_a_measure_that_lacks_an_attribute(made, tmp_path):
+    parts = {name: dataset.copy(deep=True) for name, dataset in datasets(made).items()}
+    del parts["similarity"]["cka"].attrs["least"]
+    path = Comparison.assemble(parts, made.provenance).save(tmp_path / "run.nc")
+    with pytest.raises(ResultError, match="its cka has no attribute least"):
+        vp.open_result(path)
+
+
+def test_a_full_disk_leaves_the_earlier_file(result, tmp_path, monkeypatch):
+    path = result.save(tmp_path / "run.nc")
+    before = path.read_bytes()
+
+    def write(self, data):
+        self.open("wb").close()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    with pytest.raises(ResultError, match=r"cannot write .*run.nc': No space left on device"):
+        result.save(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["run.nc"]
 
 
 def test_a_folder_that_does_not_exist(result, tmp_path):

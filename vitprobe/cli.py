@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import tomllib
 import warnings
 from collections.abc import Sequence
@@ -376,6 +377,7 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
     signal.setitimer(signal.ITIMER_REAL, 3)
     if number == signal.SIGINT:
         raise KeyboardInterrupt
+    _complain("terminated")
     sys.exit(143)
 
 
@@ -488,7 +490,12 @@ def _reported(result: Comparison, out: Path, force: bool) -> Path:
     from vitprobe.report import report
 
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    kept = result.save(out.absolute().with_name(f"{out.name}.{os.getpid()}.nc"))
+    name = f"{out.name}.{os.getpid()}.nc"
+    try:
+        kept = result.save(out.absolute().with_name(name))
+    except ResultError as error:
+        kept = result.save(Path(tempfile.gettempdir()) / name)
+        raise ResultError(f"{error}; the result is in '{kept}', for vitprobe report") from error
     try:
         page = report(result, out, force=force)
     except BaseException:

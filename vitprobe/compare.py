@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from itertools import combinations
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import torch
@@ -75,6 +76,10 @@ class Settings:
                 )
         if not self.measures:
             raise MeasureError(f"no measure asked for: use some of {', '.join(KNOWN)}, or {ALL}")
+        if self.tokens not in get_args(TokenPolicy):
+            raise MeasureError(
+                f"unknown tokens '{self.tokens}': use one of {', '.join(get_args(TokenPolicy))}"
+            )
         if self.max_images < 4:
             raise MeasureError(f"max_images of {self.max_images} is too few; give 4 or more")
         if self.estimator not in MINIMUM_IMAGES:
@@ -236,7 +241,7 @@ class _Run:
             convention_of(model, settings.layers)
             if settings.features:
                 self._note_layers(model)
-            if settings.features and settings.tokens == "cls" and not model.anatomy.prefix_tokens:
+            if settings.features and settings.tokens == "cls" and not model.anatomy.class_token:
                 raise MeasureError(
                     f"model '{model.name}' has no class token; use tokens 'patches' or 'mean'"
                 )
@@ -257,17 +262,12 @@ class _Run:
     def _check_seeds(self) -> None:
         by_name = {model.name: model for model in self.models}
         for group, members in self.groups.items():
-            seen: dict[tuple[str, str | None], str] = {}
-            for model in (by_name[name] for name in members):
-                if model.sha256 is None or is_untrained(model):
-                    continue
-                weights = (model.sha256, model.report.branch if model.report else None)
-                if weights in seen:
+            for a, b in combinations([by_name[name] for name in members], 2):
+                if _same_weights(a, b):
                     raise VitprobeError(
-                        f"'{seen[weights]}' and '{model.name}' of group '{group}' have the same "
-                        "weights: give each seed once"
+                        f"'{a.name}' and '{b.name}' of group '{group}' have the same weights: "
+                        "give each seed once"
                     )
-                seen[weights] = model.name
 
     def _check_names(self) -> None:
         names = [model.name for model in self.models]
@@ -518,6 +518,13 @@ class _Run:
             },
             "notes": self.notes,
         }
+
+
+def _same_weights(a: Model, b: Model) -> bool:
+    first, second = (list(model.module.parameters()) for model in (a, b))
+    return len(first) == len(second) and all(
+        x.shape == y.shape and torch.equal(x, y.to(x)) for x, y in zip(first, second, strict=True)
+    )
 
 
 def check_groups(groups: Mapping[str, Sequence[str]], names: Sequence[str]) -> None:

@@ -487,8 +487,10 @@ class Comparison:
             }
             for group in self.tree.subtree
         }
+        # HDF5 does not survive a disk that fills while it writes, so it writes to memory.
+        data = self.tree.to_netcdf(None, engine="h5netcdf", encoding=encoding)
         with replacing(path) as partial:
-            self.tree.to_netcdf(partial, engine="h5netcdf", encoding=encoding)
+            partial.write_bytes(data)
         return path
 
     def __repr__(self) -> str:
@@ -550,7 +552,7 @@ def open_result(path: str | Path) -> Comparison:
     try:
         # Files of other programs may lack what netCDF wants; that is said below, in one sentence.
         with warnings.catch_warnings(action="ignore"), _open(path) as tree:
-            if tree.attrs.get("format") != FORMAT:
+            if not np.array_equal(tree.attrs.get("format", 0), FORMAT):
                 raise ResultError(
                     f"'{path}' is no vitprobe result of format {FORMAT}; write it again with "
                     "'vitprobe compare'"
@@ -570,15 +572,48 @@ def _open(path: Path) -> xr.DataTree:
 
 def _check_whole(result: Comparison) -> None:
     """Raise KeyError or ValueError for a result that lacks what its provenance names."""
+    provenance = result.provenance
     for name in ("measures", "notes", "images", "models"):
-        if name not in result.provenance:
+        if name not in provenance:
             raise KeyError(f"its provenance has no {name}")
-    for measure in result.measures:
+    if not all(isinstance(note, str) for note in provenance["notes"]):
+        raise ValueError("its notes are no list of sentences")
+    for what, names in (("models", result.models), ("measures", result.measures)):
+        if len(set(names)) < len(names):
+            raise ValueError(f"one of its {what} is named twice")
+    named = [*result.references, *result.references.values()]
+    named += [name for members in result.groups.values() for name in members]
+    for name in named:
+        result.describe(name)
+    for measure in (*result.measures, *([COMPANION] if "cka" in result.measures else [])):
         try:
-            array = result.tree[result.group_of(measure)].to_dataset()[measure]
+            dataset = result.tree[result.group_of(measure)].to_dataset()
         except ResultError:
             raise KeyError(f"it has no {measure}") from None
-        column = str(array.dims[-1])
-        coordinate = {"feature_b": "model_a", "block": "block_model"}.get(column, "model")
-        if set(array[coordinate].values) != set(result.models):
-            raise ValueError("its models are not those that its provenance names")
+        _check_measure(result, measure, dataset)
+
+
+def _check_measure(result: Comparison, measure: str, dataset: xr.Dataset) -> None:
+    array = dataset[measure]
+    variables, attrs = [], ["long_name", "units", "least", "most"]
+    group = result.group_of(measure)
+    coordinates = ["model", "layer"]
+    if group == "similarity":
+        variables = [f"{measure}_standard_error", f"{measure}_floor"]
+        attrs += ["degrees", "images", "symmetric"]
+        coordinates = ["model_a", "layer_a", "model_b", "layer_b"]
+    elif group == "attention":
+        variables = [f"{measure}_undefined_rows"]
+        coordinates = (
+            ["block_model", "block_layer"] if "block" in array.dims else [*coordinates, "head"]
+        )
+    elif measure == "fourier_amplitude":
+        variables = ["fourier_curve", "fourier_curve_standard_error", "fourier_frequency"]
+    for name in (*variables, *coordinates):
+        if name not in dataset.variables:
+            raise KeyError(f"it has no {name}")
+    for name in attrs:
+        if name not in array.attrs:
+            raise KeyError(f"its {measure} has no attribute {name}")
+    if set(dataset[coordinates[0]].values) != set(result.models):
+        raise ValueError("its models are not those that its provenance names")

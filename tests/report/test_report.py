@@ -12,6 +12,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
+import xarray as xr
 from markupsafe import escape
 from plots.synthetic import EVERY, Subject, comparison
 
@@ -19,6 +20,7 @@ from vitprobe.errors import ResultError
 from vitprobe.measures.registry import MEASURES
 from vitprobe.report import report
 from vitprobe.report.figures import file_names, inline
+from vitprobe.report.words import MINUS
 from vitprobe.results import open_result
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -170,9 +172,13 @@ def test_page_says_what_a_reader_needs(html):
         "trained by vitprobe: method mae, epochs 40",
         "HSIC(K, L)",
         "5 January 2026",
+        "5.54 M parameters, input 3 × 224 × 224",
+        f"{MINUS}1 to 1; 0 on average",
+        "tokens cls and mean",
     ):
         assert text in html, text
     assert "<tiny>" not in html
+    assert "as luminance" not in html
 
 
 def test_page_is_light_in_both_senses(html, path):
@@ -198,14 +204,25 @@ def test_any_subset_of_measures_makes_a_page(measures, tmp_path):
 
 
 def test_a_measure_that_is_undefined_everywhere_is_a_sentence_and_no_figure(tmp_path):
-    result = comparison({"A": Subject(2)}, measures=("cka", "svcca", "procrustes"))
-    result.tree["similarity"]["svcca"][:] = np.nan
+    gone = {
+        "similarity": "svcca",
+        "attention": "class_attention_entropy",
+        "tokens": "fourier_amplitude",
+    }
+    measures = ("cka", "procrustes", "sink_mass", "token_cosine", *gone.values())
+    result = comparison({"A": Subject(2), "B": Subject(2)}, measures=measures)
+    for group, measure in gone.items():
+        result.tree[group][measure][:] = np.nan
+    result.tree["tokens"] = xr.DataTree(result.tree["tokens"].to_dataset().isel(step=slice(0)))
     html = report(result, tmp_path / "out").read_text(encoding="utf-8")
-    assert "SVCCA is undefined in all layers; the notes say why." in html
-    assert "Procrustes similarity is undefined" not in html
-    assert not (tmp_path / "out/figures/svcca.svg").exists()
+    for measure in gone.values():
+        title = MEASURES[measure].title
+        assert f"Undefined in every layer, as the notes say: {title}." in html
+        assert not list((tmp_path / "out/figures").glob(f"*{measure}*"))
+        assert (tmp_path / f"out/tables/{measure}.csv").exists()
+    assert not list((tmp_path / "out/figures").glob("fourier_*"))
     assert (tmp_path / "out/figures/procrustes.svg").exists()
-    assert (tmp_path / "out/tables/svcca.csv").exists()
+    assert (tmp_path / "out/figures/token_cosine.svg").exists()
 
 
 def test_the_page_says_whether_cka_is_of_all_images_or_of_blocks(tmp_path):
@@ -229,6 +246,57 @@ def test_sentences_about_measures_that_are_absent_are_absent(tmp_path):
     for text in ("describe only the rest.</p>", "renormalise it", "First blocks"):
         assert text not in html, text
     assert "(for entropy over all tokens, over all queries)" in html
+
+
+def test_images_of_a_model_of_one_channel_are_said_to_be_luminance(tmp_path):
+    grey = Subject(1, extra={"input_size": [1, 224, 224]})
+    result = comparison({"A": grey, "B": Subject(1)}, measures=("rankme",), images=4)
+    html = report(result, tmp_path / "out").read_text(encoding="utf-8")
+    assert "; given to A, of one channel, as luminance." in html
+
+
+def test_more_than_three_measures_relative_to_uniform_are_not_listed(tmp_path):
+    names = [name for name in EVERY if name.startswith("attention_distance")]
+    result = comparison(
+        {"A": Subject(1), "B": Subject(1, grid=(7, 7))}, measures=tuple(names), images=4
+    )
+    html = report(result, tmp_path / "out").read_text(encoding="utf-8")
+    assert "is shown relative to it (the attention measures in px or nats)" in html
+
+
+def of_seeds(seeds: int, folder: Path) -> tuple[str, Path]:
+    groups = {method: [f"{method} {i}" for i in range(seeds)] for method in "AB"}
+    result = comparison(
+        {
+            name: Subject(1, sink=np.full((1, 3), 0.1))
+            for names in groups.values()
+            for name in names
+        },
+        measures=("svcca", "sink_mass"),
+        images=8,
+        groups=groups,
+    )
+    path = report(result, folder / str(seeds))
+    html = path.read_text(encoding="utf-8")
+    return html[html.index('<section id="seeds"') : html.index('<section id="files"')], path
+
+
+def test_the_section_of_seeds_says_how_its_intervals_are_made(tmp_path):
+    section, path = of_seeds(2, tmp_path)
+    assert "the jackknife that leaves one seed out" in section
+    assert "percentage points" in section
+    # Of six pairs of models the forest draws that of the first seeds.
+    html = path.read_text(encoding="utf-8")
+    assert "over 6 listed differences; hollow and grey: cannot be told apart (1 of 1)." in html
+    assert (path.parent / "figures/seeds_sink_mass.svg").is_file()
+
+
+def test_one_seed_a_method_has_no_interval_and_no_figure_of_seeds(tmp_path):
+    section, path = of_seeds(1, tmp_path)
+    assert section.count("There is one seed a method, and so no interval.") == 1
+    for text in ("95", "jackknife", "Student", "one seed: no interval", "<figure"):
+        assert text not in section, text
+    assert not (path.parent / "figures/seeds_sink_mass.svg").exists()
 
 
 def test_a_model_without_prefix_tokens_has_a_page_of_sink_mass_alone(tmp_path):
@@ -294,7 +362,13 @@ def test_every_measure_has_a_figure_a_table_and_its_methods(whole):
         stems = {path.stem for path in (whole.parent / "figures").glob(f"{measure}*.svg")}
         assert stems, measure
         assert f"tables/{measure}.csv" in page.links
-        for text in (info.formula, info.source, info.interval, info.null, info.caveats):
+        for text in (
+            info.formula.replace("`", ""),
+            info.source,
+            info.interval,
+            info.null,
+            info.caveats,
+        ):
             assert str(escape(text)) in html, (measure, text)
     assert html.count('<details class="method">') == len(MEASURES)
     assert {"similarity", "attention", "tokens", "differences", "seeds"} <= set(page.ids)

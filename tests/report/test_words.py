@@ -7,9 +7,11 @@ import pytest
 
 from vitprobe.report.words import (
     MINUS,
+    POINTS,
     amount,
     bracket,
     count,
+    digits_of,
     join,
     layers_in_words,
     number,
@@ -17,7 +19,9 @@ from vitprobe.report.words import (
     percent,
     quantity,
     show,
+    spread,
     two_digits,
+    with_minus,
 )
 
 
@@ -43,6 +47,7 @@ def test_numbers_have_three_digits_and_no_exponent(value, text):
 def test_quantities_carry_their_unit():
     assert quantity(45.25, "px") == "45.2\N{NO-BREAK SPACE}px"
     assert quantity(0.381, "relative to uniform") == "38.1\N{NO-BREAK SPACE}% of uniform"
+    assert quantity(-0.02, "share") == f"{MINUS}2\N{NO-BREAK SPACE}%"
     assert quantity(0.5, "share") == percent(0.5) == "50\N{NO-BREAK SPACE}%"
 
 
@@ -61,6 +66,8 @@ def test_quantities_carry_their_unit():
         (-0.1, -0.12, -0.08, "1", 2, "-0.10 [-0.12, -0.08]"),
         (3.4, 2.4, 4.4, "nats", 0, "3.4 nats [2.4, 4.4]"),
         (120.0, 80.0, 160.0, "px", 0, "120 px [80, 160]"),
+        (0.0301, np.nan, np.nan, "share", 2, "3.01 %"),
+        (-0.0082, -0.0102, -0.0062, POINTS, 0, "-0.8 percentage points [-1.0, -0.6]"),
     ],
 )
 def test_numbers_with_intervals_have_the_digits_that_these_support(
@@ -74,6 +81,20 @@ def test_amounts_keep_the_digits_of_small_shares():
     assert amount(0.0031, "share") == "0.310\N{NO-BREAK SPACE}%"
     assert amount(2.5, "px") == "2.50\N{NO-BREAK SPACE}px"
     assert amount(np.nan, "px") == "–"
+
+
+def test_spreads_and_the_means_beside_them_have_the_same_digits():
+    assert spread(0.00627, "share") == "0.63\N{NO-BREAK SPACE}percentage points"
+    assert bracket(0.03, np.nan, np.nan, "share", digits_of(0.00627, "share")) == (
+        "3.00\N{NO-BREAK SPACE}%"
+    )
+    assert spread(12.4, "px") == "12\N{NO-BREAK SPACE}px"
+    assert spread(np.nan, "px") == "–"
+    assert digits_of(np.nan, "px") == 0
+
+
+def test_negative_numbers_of_a_text_get_a_real_minus():
+    assert with_minus("-1 to 1, x-1, cl-vs-mim") == f"{MINUS}1 to 1, x-1, cl-vs-mim"
 
 
 @pytest.mark.parametrize(

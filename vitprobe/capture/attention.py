@@ -191,6 +191,7 @@ class AttentionTap(AttentionWatch):
                         first_image=self.first_image + images.start,
                         first_query=rows.start,
                         queries=queries,
+                        class_token=self._model.anatomy.class_token,
                     )
                 )
 

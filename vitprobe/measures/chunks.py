@@ -50,6 +50,8 @@ class AttentionChunk:
     """Index, among the layer's queries, of the first query of this chunk."""
     queries: int | None = None
     """How many queries the layer has in all; None: this chunk has all of them."""
+    class_token: bool = True
+    """Whether the first prefix token, where there is one, is a class token."""
 
     @cached_property
     def has_nan(self) -> bool:

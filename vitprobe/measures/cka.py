@@ -57,7 +57,8 @@ from vitprobe.measures.gram import (
 )
 
 Estimator = Literal["unbiased", "biased"]
-MINIMUM_IMAGES = {"unbiased": 4, "biased": 2}
+MINIMUM_IMAGES = {"unbiased": 4, "biased": 3}
+"""Two images are at one distance in any layer, which makes biased CKA 1."""
 
 PERMUTATIONS = 50
 """Drawn for the floor. Each serves twice: <A, PBP'> permutes the images of one layer, and
@@ -313,8 +314,12 @@ class CKA(Measure):
         Raises:
             MeasureError: a different number of layers or another estimator.
         """
-        if other.products.shape != self.products.shape or other.estimator != self.estimator:
-            raise MeasureError("only CKA sums of the same layers and estimator can be merged")
+        if (
+            type(other) is not type(self)
+            or other.products.shape != self.products.shape
+            or other.estimator != self.estimator
+        ):
+            raise MeasureError("only CKA sums of the same kernel, layers and estimator merge")
         for name in (
             *("products", "squares", "cross", "selves", "pair_squares", "pair_cross", "permuted"),
             *("images", "blocks", "pairs"),
@@ -443,14 +448,15 @@ class CKARBF(CKA):
         Raises:
             MeasureError: another number of layers, estimator or bandwidth.
         """
-        if self.variances is None:
-            self.variances = other.variances
-        elif other.variances is not None and not torch.equal(self.variances, other.variances):
+        theirs = getattr(other, "variances", None)
+        ours = self.variances
+        if ours is not None and theirs is not None and not torch.equal(ours, theirs):
             raise MeasureError(
                 "RBF CKA sums of other bandwidths cannot be merged: give one part's `variances` to "
                 "the other before its first block"
             )
         super().merge(other)
+        self.variances = theirs if ours is None else ours
 
     @property
     def reasons(self) -> dict[int, str]:

@@ -223,7 +223,7 @@ class ClassAttentionEntropy(RowMeasure):
     )
 
     def rows(self, chunk: AttentionChunk) -> Tensor:
-        has_class = chunk.first_query == 0 and chunk.query_prefix > 0
+        has_class = chunk.first_query == 0 and chunk.query_prefix > 0 and chunk.class_token
         row = chunk.log_p[:, :, : int(has_class), chunk.key_prefix :]
         return row_entropy(torch.softmax(row, dim=-1))
 

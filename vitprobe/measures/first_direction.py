@@ -7,6 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from vitprobe.errors import MeasureError
 from vitprobe.measures.base import Info, Measure
 from vitprobe.measures.gram import h_center
 
@@ -86,7 +87,13 @@ class FirstDirectionShare(Measure):
         self.images += grams.shape[-1]
 
     def merge(self, other: Self) -> None:
-        """Add the sums of another instance over other images and the same layers."""
+        """Add the sums of another instance over other images and the same layers.
+
+        Raises:
+            MeasureError: a different number of layers.
+        """
+        if other.sums.shape != self.sums.shape:
+            raise MeasureError("only first-direction sums of the same layers can be merged")
         self.sums = self.sums + other.sums
         self.squares = self.squares + other.squares
         self.images += other.images

@@ -180,11 +180,13 @@ class RankMe(Measure):
     def compute(self) -> tuple[Tensor, Tensor]:
         """Value and standard error, each (layers,) float64.
 
-        The value is nan where all vectors are 0, the error below two images a group.
+        The value is nan where all vectors are 0 or there is but one, the error below two images a
+        group.
         """
         results = torch.full((2, self._layers), torch.nan, dtype=torch.float64)
         for layer, vectors in self._vectors.layers().items():
-            if vectors.any():
+            # One image spans one direction whatever the layer.
+            if len(vectors) > 1 and vectors.any():
                 images = self._vectors.images(layer)
                 results[0, layer] = rankme(vectors)
                 results[1, layer] = _jackknife_error(vectors, images % GROUPS)

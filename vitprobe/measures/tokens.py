@@ -68,6 +68,9 @@ def token_cosine(tokens: A, *, center: bool = False) -> A:
         MeasureError: another shape, or features that are not finite.
     """
     tensor = checked_tokens(tokens)
+    # Norms of very large and very small features would leave the range of the numbers.
+    largest = tensor.abs().amax((-2, -1), keepdim=True)
+    tensor = tensor / torch.where(largest > 0, largest, 1)
     size = torch.linalg.vector_norm(tensor, dim=-1, keepdim=True)
     # A token that is the mean up to rounding has no direction from it.
     rounding = 0 * size

@@ -28,6 +28,8 @@ class Anatomy:
     final_norm: "norm" or "fc_norm"; None where the model has none.
     final_norm_pooled: whether the model applies it after pooling (`fc_norm`).
     prefix_tokens: class, distillation and register tokens, which come first.
+    class_token: whether the first of them is a class token: so where the module does not say that
+        it has none, as timm's models of registers alone do.
     grid: (rows, columns) of patches.
     patch_size: (height, width) of a patch in pixels of the model's input.
     pre_norm: whether the blocks normalise before their attention.
@@ -40,6 +42,7 @@ class Anatomy:
     final_norm: str | None
     final_norm_pooled: bool
     prefix_tokens: int
+    class_token: bool
     grid: tuple[int, int]
     patch_size: tuple[float, float]
     width: int
@@ -78,7 +81,8 @@ def find_anatomy(module: nn.Module, input_size: tuple[int, int, int]) -> Anatomy
     ]
     tokens, width, pre_norm = _run_first_block(module, blocks[0][1], input_size)
     prefix = tokens - grid[0] * grid[1]
-    stated = getattr(module.get_submodule(root.rstrip(".")), "num_prefix_tokens", prefix)
+    encoder = module.get_submodule(root.rstrip("."))
+    stated = getattr(encoder, "num_prefix_tokens", prefix)
     if prefix < 0 or stated != prefix:
         raise CaptureError(
             f"The blocks of this {_kind(module)} read {tokens} tokens, which are not a grid of "
@@ -101,6 +105,7 @@ def find_anatomy(module: nn.Module, input_size: tuple[int, int, int]) -> Anatomy
         final_norm=root + final_norm if final_norm else None,
         final_norm_pooled=final_norm == "fc_norm",
         prefix_tokens=prefix,
+        class_token=prefix > 0 and getattr(encoder, "cls_token", True) is not None,
         grid=grid,
         patch_size=patch_size,
         width=width,

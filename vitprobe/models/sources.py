@@ -55,7 +55,11 @@ def parse_spec(text: str, **options: Any) -> ModelSpec:
     kind, target = _split_kind(target.strip(), text)
     if kind == "init" and Path(target).is_file():
         kind = "init_file"
-    given = dict(_split_option(piece, text) for piece in pieces)
+    written = [_split_option(piece, text) for piece in pieces]
+    given = dict(written)
+    for name in given:
+        if [key for key, _ in written].count(name) > 1:
+            raise SourceError(f"'{name}' is given twice in the model spec '{text}'; give it once.")
     given.update((name, value) for name, value in options.items() if value is not None)
     return ModelSpec(kind, target, _validate(kind, given, text), text)
 

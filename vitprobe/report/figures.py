@@ -118,6 +118,10 @@ def draw(result: Comparison, folder: Path, lists: Lists) -> Pictures:
     attention = by_group["attention"]
     main = [name for name in attention if name in findings.MAIN]
     wholes: list[tuple[str, str]] = []
+    others = [
+        name for name in attention if name not in main and findings.is_defined(result, name, names)
+    ]
+    of_tokens = [name for name in by_group["tokens"] if findings.is_defined(result, name, names)]
 
     def heatmap(a: str, b: str) -> Picture:
         name = f"cka_{slugs[a]}" if a == b else f"cka_{slugs[a]}_{slugs[b]}"
@@ -215,7 +219,7 @@ def draw(result: Comparison, folder: Path, lists: Lists) -> Pictures:
                 findings.band_of_tokens(result, measure),
             ],
         )
-        for measure in by_group["tokens"]
+        for measure in of_tokens
     ]
     spectra = [
         _picture(
@@ -224,7 +228,8 @@ def draw(result: Comparison, folder: Path, lists: Lists) -> Pictures:
             f"Fourier amplitudes of the tokens of {name}, by layer",
             [findings.spectrum(result, name)],
         )
-        for name in (names if "fourier_amplitude" in result.measures else ())
+        for name in (names if "fourier_amplitude" in of_tokens else ())
+        if findings.is_defined(result, "fourier_amplitude", (name,))
     ]
     table = lists.differences
     drawn = table[table["model_a"].isin(names)]
@@ -234,7 +239,7 @@ def draw(result: Comparison, folder: Path, lists: Lists) -> Pictures:
             partial(forest, result, drawn[drawn["measure"] == measure]),
             folder / f"differences_{measure}",
             f"Paired differences in {MEASURES[measure].title} between models",
-            [findings.forest(table, measure)],
+            [findings.forest(drawn[drawn["measure"] == measure], len(table))],
         )
         for measure in [*main, *by_group["tokens"]]
         if (drawn["measure"] == measure).any()
@@ -247,8 +252,8 @@ def draw(result: Comparison, folder: Path, lists: Lists) -> Pictures:
             f"{MEASURES[measure].title} of every seed, by method",
             [findings.seeds(means, measure)],
         )
-        for measure in [*main, *by_group["tokens"]]
-        if means is not None
+        for measure in [*main, *of_tokens]
+        if means is not None and findings.several_seeds(result)
     ]
     return Pictures(
         tuple(pairs),
@@ -258,7 +263,7 @@ def draw(result: Comparison, folder: Path, lists: Lists) -> Pictures:
         tuple(grids),
         tuple(overlay(measure) for measure in main),
         {name: tuple(pictures) for name, pictures in by_model.items() if pictures},
-        tuple(overlay(measure) for measure in attention if measure not in main),
+        tuple(overlay(measure) for measure in others),
         tuple(tokens),
         tuple(spectra),
         tuple(forests),

@@ -16,14 +16,17 @@ from vitprobe.report import findings
 from vitprobe.report.words import (
     LEVEL,
     NBSP,
-    amount,
     bracket,
     count,
+    digits_of,
     join,
     number,
+    of_difference,
     p_value,
     percent,
     show,
+    spread,
+    with_minus,
 )
 
 if TYPE_CHECKING:
@@ -75,6 +78,7 @@ def render(result: Comparison, pictures: Pictures, lists: Lists) -> str:
     measures = [*result.measures, *(["first_direction_share"] if pictures.shares else [])]
     attention = tuple(name for name in measures if result.group_of(name) == "attention")
     relative = [findings.in_text(name) for name in attention if result.needs_relative(name, names)]
+    several = "the attention measures in px or nats"
     return environment.get_template("template.html").render(
         generator=Markup(GENERATOR),
         css=Markup((_HERE / "style.css").read_text(encoding="utf-8")),
@@ -95,10 +99,10 @@ def render(result: Comparison, pictures: Pictures, lists: Lists) -> str:
         band=_band(result, attention),
         undefined=undefined,
         without_prefix=_without_prefix(result, attention),
-        relative=join(relative),
+        relative=join(relative) if len(relative) <= 3 else several,
         differences=_differences(lists.differences),
         level=LEVEL,
-        seeds=_seeds(lists),
+        seeds=_seeds(result, lists),
         tables=[*measures, *lists.tables()],
         measures={name: MEASURES[name] for name in measures},
         methods=[(MEASURES[name], _method(MEASURES[name])) for name in measures],
@@ -118,18 +122,16 @@ def _band(result: Comparison, attention: tuple[str, ...]) -> str:
     return "" if measure is None else findings.band_of_overlay(result, measure)
 
 
-def _undefined(result: Comparison) -> str:
-    """Similarity measures that have no value in any two layers, and so no figure."""
-    titles = [
-        MEASURES[measure].title
-        for measure in result.measures
-        if result.group_of(measure) == "similarity"
-        and not findings.is_defined(result, measure, subjects(result))
-    ]
-    if not titles:
-        return ""
-    verb = "is" if len(titles) == 1 else "are"
-    return f"{join(titles)} {verb} undefined in all layers; the notes say why."
+def _undefined(result: Comparison) -> dict[str, str]:
+    """By group, a sentence on the measures that have no value anywhere, and so no figure."""
+    titles: dict[str, list[str]] = {"similarity": [], "attention": [], "tokens": []}
+    for measure in result.measures:
+        if not findings.is_defined(result, measure, subjects(result)):
+            titles[result.group_of(measure)].append(MEASURES[measure].title)
+    return {
+        group: f"Undefined in every layer, as the notes say: {join(found)}." if found else ""
+        for group, found in titles.items()
+    }
 
 
 def _title(models: tuple[str, ...]) -> str:
@@ -151,11 +153,11 @@ def _lead(result: Comparison) -> str:
     return f"{subject} on {count(images['count'], 'image')} from {images['source']}: {listed}."
 
 
-def _contents(pictures: Pictures, lists: Lists, undefined: str) -> list[tuple[str, str]]:
+def _contents(pictures: Pictures, lists: Lists, undefined: dict[str, str]) -> list[tuple[str, str]]:
     sections = [
-        ("similarity", "Similarity", pictures.selves or pictures.grids or undefined),
-        ("attention", "Attention", pictures.overlays or pictures.others),
-        ("tokens", "Tokens", pictures.tokens),
+        ("similarity", "Similarity", pictures.selves or pictures.grids or undefined["similarity"]),
+        ("attention", "Attention", pictures.overlays or pictures.others or undefined["attention"]),
+        ("tokens", "Tokens", pictures.tokens or undefined["tokens"]),
         ("differences", "Differences", len(lists.differences)),
         ("seeds", "Seeds", lists.group_means is not None),
     ]
@@ -197,7 +199,7 @@ def _differences(table: pd.DataFrame) -> list[dict[str, Any]]:
             "rows": [
                 (
                     f"{row.model_a} − {row.model_b}",
-                    bracket(row.difference, row.low, row.high, row.units),
+                    bracket(row.difference, row.low, row.high, of_difference(row.units)),
                     p_value(row.p_holm),
                     row.verdict,
                 )
@@ -208,7 +210,7 @@ def _differences(table: pd.DataFrame) -> list[dict[str, Any]]:
     ]
 
 
-def _seeds(lists: Lists) -> dict[str, Any] | None:
+def _seeds(result: Comparison, lists: Lists) -> dict[str, Any] | None:
     """The tables of the section about seeds; None without groups."""
     if lists.group_means is None or lists.group_differences is None:
         return None
@@ -216,9 +218,11 @@ def _seeds(lists: Lists) -> dict[str, Any] | None:
         (
             MEASURES[row.measure].title,
             row.group,
+            bracket(
+                row.mean, row.low, row.high, row.units, digits_of(row.between_seeds, row.units)
+            ),
             str(row.seeds),
-            bracket(row.mean, row.low, row.high, row.units),
-            amount(row.between_seeds, row.units),
+            spread(row.between_seeds, row.units),
         )
         for row in rows_of(lists.group_means)
     ]
@@ -226,8 +230,14 @@ def _seeds(lists: Lists) -> dict[str, Any] | None:
         (
             MEASURES[row.measure].title,
             f"{row.group_a} − {row.group_b}",
-            bracket(row.difference, row.low, row.high, row.units),
-            amount(row.between_seeds, row.units),
+            bracket(
+                row.difference,
+                row.low,
+                row.high,
+                of_difference(row.units),
+                digits_of(row.between_seeds, row.units),
+            ),
+            spread(row.between_seeds, row.units),
             p_value(row.p_holm),
             row.verdict,
         )
@@ -244,7 +254,12 @@ def _seeds(lists: Lists) -> dict[str, Any] | None:
         for row in rows_of(table)
         if row.pairs
     ]
-    return {"means": means, "differences": differences, "similarity": similarity}
+    return {
+        "several": findings.several_seeds(result),
+        "means": means,
+        "differences": differences,
+        "similarity": similarity,
+    }
 
 
 def _method(info: Info) -> list[tuple[str, str]]:
@@ -257,7 +272,7 @@ def _method(info: Info) -> list[tuple[str, str]]:
     return [
         ("What", info.what),
         ("Unit", info.unit or "none"),
-        ("Range", info.range),
+        ("Range", with_minus(info.range)),
         ("Reading", info.direction),
         ("Source", info.source),
         ("Unchanged by", join(info.invariances) or "nothing listed"),
@@ -333,7 +348,8 @@ def _without_prefix(result: Comparison, attention: tuple[str, ...]) -> dict[str,
 def _card(result: Comparison, name: str) -> dict[str, Any]:
     """What a model's card shows: its description, its colour, and two lines of text."""
     description = result.describe(name)
-    headline = _parameters(description["parameters"]) + " parameters"
+    size = " × ".join(map(str, result.input_size(name)))
+    headline = f"{_parameters(description['parameters'])} parameters, input {size}"
     if description["dialect"]:
         headline += f", {description['dialect']} checkpoint"
     training = {
@@ -341,7 +357,7 @@ def _card(result: Comparison, name: str) -> dict[str, Any]:
         for key, value in sorted(
             (description["training"] or {}).items(), key=lambda item: (item[0] != "method", item[0])
         )
-        if not isinstance(value, dict | list)
+        if not isinstance(value, dict | list) and not key.endswith("sha256")
     }
     if training:
         headline += f"; trained by vitprobe: {show(training)}"
@@ -433,7 +449,7 @@ def _settings(result: Comparison, attention: tuple[str, ...]) -> list[str]:
             "apart when that interval contains 0, or when Holm's correction over the list of "
             "differences does not let the difference stand."
         )
-    if result.groups:
+    if findings.several_seeds(result):
         sentences.append(
             "Claims about methods take seeds as the unit: Welch's t interval between methods, "
             "Student's t within one; images are no replicates of a method."
@@ -456,9 +472,11 @@ def _settings(result: Comparison, attention: tuple[str, ...]) -> list[str]:
         sentences.append(
             f"First blocks are the first quarter of a model's blocks, rounded up: {numbers}."
         )
+    grey = [name for name in subjects(result) if result.input_size(name)[0] == 1]
+    luminance = f"; given to {join(grey)}, of one channel, as luminance" if grey else ""
     return [
         *sentences,
-        f"Images: {provenance['preprocessing']}.",
+        f"Images: {provenance['preprocessing']}{luminance}.",
         f"Forward passes in {provenance['precision']} on {provenance['device']}.",
     ]
 

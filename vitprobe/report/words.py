@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,15 +11,19 @@ import numpy as np
 NBSP = "\N{NO-BREAK SPACE}"
 MINUS = "\N{MINUS SIGN}"
 LEVEL = f"95{NBSP}%"
+POINTS = "percentage points"
+"""The unit of differences of shares, which in per cent would read as relative to the shares."""
 
 
 def number(value: float) -> str:
     """Three significant digits, at most six decimals, with a real minus sign."""
-    if value == 0:
-        return "0"
-    rounded = float(f"{value:.3g}")  # 99.96 has three digits as 100, not as 100.0
-    digits = max(0, 2 - int(np.floor(np.log10(abs(rounded)))))
-    return _fixed(value, min(digits, 6))
+    return _fixed(value, decimals(value, 3))
+
+
+def decimals(value: float, digits: int) -> int:
+    """The decimals, at most six, with which a number has so many significant digits."""
+    rounded = abs(float(f"{value:.{digits - 1}e}"))  # 99.96 has three digits as 100, not as 100.0
+    return min(6, max(0, digits - 1 - int(np.floor(np.log10(rounded))))) if rounded else 0
 
 
 def two_digits(value: float) -> str:
@@ -39,6 +44,22 @@ def amount(value: float, units: str) -> str:
     return f"{number(scale * value)}{unit}" if np.isfinite(value) else "–"
 
 
+def of_difference(units: str) -> str:
+    """The unit of a difference, or of a spread, of numbers in these units."""
+    return POINTS if units == "share" else units
+
+
+def spread(value: float, units: str) -> str:
+    """A standard deviation with two significant digits; a dash for nan."""
+    scale, unit = _scaled(of_difference(units))
+    return f"{_fixed(scale * value, digits_of(value, units))}{unit}" if np.isfinite(value) else "–"
+
+
+def digits_of(value: float, units: str) -> int:
+    """The decimals that a spread, or a range, of that size asks of the numbers beside it."""
+    return decimals(_scaled(units)[0] * value, 2) if np.isfinite(value) else 0
+
+
 def bracket(value: float, low: float, high: float, units: str = "", least: int = 0) -> str:
     """A number, its unit and its interval: `45.2 px [44.9, 45.5]`.
 
@@ -48,7 +69,7 @@ def bracket(value: float, low: float, high: float, units: str = "", least: int =
     scale, unit = _scaled(units)
     width = scale * (high - low)
     if not (np.isfinite(width) and width > 0):
-        return _fixed(value, least) if least else quantity(value, units)
+        return f"{_fixed(scale * value, least)}{unit}" if least else quantity(value, units)
     digits = min(6, max(least, int(np.ceil(np.round(-np.log10(width / 3), 6)))))
     middle, below, above = (_fixed(scale * end, digits) for end in (value, low, high))
     return f"{middle}{unit} [{below},{NBSP}{above}]"
@@ -58,6 +79,8 @@ def _scaled(units: str) -> tuple[float, str]:
     """What a number is multiplied with to be printed, and what follows it."""
     if units == "share":
         return 100.0, f"{NBSP}%"
+    if units == POINTS:
+        return 100.0, f"{NBSP}{POINTS}"
     if units == "relative to uniform":
         return 100.0, f"{NBSP}% of uniform"
     return 1.0, "" if units in ("", "1") else f"{NBSP}{units}"
@@ -65,7 +88,7 @@ def _scaled(units: str) -> tuple[float, str]:
 
 def percent(value: Any) -> str:
     """A share of 1 in whole per cent."""
-    return f"{100 * float(value):.0f}{NBSP}%"
+    return f"{_fixed(100 * float(value), 0)}{NBSP}%"
 
 
 def count(many: int, noun: str) -> str:
@@ -93,6 +116,11 @@ def _fixed(value: float, digits: int) -> str:
     """So many decimals with a real minus sign, and none before zero."""
     text = f"{value:.{digits}f}"
     return text.removeprefix("-") if float(text) == 0 else text.replace("-", MINUS)
+
+
+def with_minus(text: str) -> str:
+    """A text with a real minus sign before its negative numbers: `−1 to 1`."""
+    return re.sub(r"(?<![\w)])-(?=\d)", MINUS, text)
 
 
 def layers_in_words(layers: Iterable[int], noun: str = "layer") -> str:

@@ -2,14 +2,17 @@
 
 Pure functions from a `Comparison` to sentences: no number is judged by a threshold that the
 sentence does not state, and "cannot be told apart" always rests on the paired difference over the
-same images, or on seeds where the sentence is about methods. Where numbers are equal as printed,
-they are said to be equal, and no extreme among them is named. Brackets are 95 % intervals.
+same images, or on seeds where the sentence is about methods. Blocks and heads are said to be alike
+only where all their intervals share a value; an extreme is printed to the digits that tell it from
+the others, or named together with those printed like it. Brackets are 95 % intervals.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vitprobe.measures.registry import MEASURES
+from vitprobe.plots.style import subjects
 from vitprobe.report.findings.layers import (
     band_of_overlay,
     band_of_tokens,
@@ -29,6 +32,7 @@ from vitprobe.report.findings.models import (
     has_prefix,
     in_text,
     other_assumptions,
+    several_seeds,
     shown,
 )
 from vitprobe.report.findings.similarity import (
@@ -38,6 +42,7 @@ from vitprobe.report.findings.similarity import (
     is_defined,
     largest_share,
     last_layers,
+    mean_by_pair,
     overall_similarity,
     similarity,
     widths,
@@ -50,10 +55,14 @@ from vitprobe.report.findings.verdicts import (
     methods_similarity,
     seeds,
 )
+from vitprobe.report.words import count, join
 
 if TYPE_CHECKING:
     from vitprobe.report.lists import Lists
     from vitprobe.results import Comparison
+
+# Lines of a summary about measures that have no sentence of their own.
+_FEW = 4
 
 __all__ = [
     "MAIN",
@@ -81,6 +90,7 @@ __all__ = [
     "overall",
     "overall_similarity",
     "seeds",
+    "several_seeds",
     "shown",
     "similarity",
     "sinks",
@@ -96,20 +106,45 @@ def summary(result: Comparison, lists: Lists) -> list[tuple[str, str]]:
     """The findings to read first, as (topic, sentence)."""
     findings: list[tuple[str, str]] = []
     if result.groups:
-        if "cka" in lists.group_similarity:
-            findings.append(("Similarity", methods_similarity(lists.group_similarity["cka"])))
-        findings += [("Methods", sentence) for sentence in methods(result, lists)]
-    elif "cka" in result.measures:
+        alike = lists.group_similarity
+        first = ["cka"] if "cka" in alike else list(alike)[:_FEW]
+        return [
+            *(("Similarity", methods_similarity(alike[m], MEASURES[m].title)) for m in first),
+            *(("Methods", sentence) for sentence in methods(result, lists)),
+        ]
+    if "cka" in result.measures:
         findings.append(("Similarity", overall_similarity(result)))
         findings += [("Last layers", sentence) for sentence in last_layers(result)]
-    if "attention_distance" in result.measures and not result.groups:
+    if "attention_distance" in result.measures:
         findings.append(("Locality", locality(result)))
-    if "attention_entropy" in result.measures and not result.groups:
+    if "attention_entropy" in result.measures:
         findings.append(("Focus", focus(result, lists)))
     if "sink_mass" in result.measures:
         findings.append(("Sinks", sinks(result)))
     if "cka" in result.measures:
         findings += [("One direction", sentence) for sentence in dominance(result)]
+    if not findings:
+        findings += _others(result)
     findings += [("Training", sentence) for sentence in beyond_untrained(result, lists)]
     findings += [("Differences", sentence) for sentence in differences(lists.differences)]
     return findings
+
+
+def _others(result: Comparison) -> list[tuple[str, str]]:
+    """A line for each of the first measures, of those that have no sentence of their own."""
+    lines = []
+    for measure in result.measures[:_FEW]:
+        group, title = result.group_of(measure), MEASURES[measure].title
+        if group == "similarity":
+            text = mean_by_pair(result, measure)
+        elif group == "tokens":
+            text = f"{title} of {token_trend(result, measure)}"
+        else:
+            names = subjects(result)
+            relative = result.needs_relative(measure, names)
+            means = [f"{overall(result, measure, n, relative=relative)} in {n}" for n in names]
+            text = f"{title}, mean over heads, blocks and images: {join(means)}."
+        lines.append((group.capitalize(), text))
+    if rest := len(result.measures) - len(lines):
+        lines.append(("More", f"{count(rest, 'other measure')} in the sections below."))
+    return lines

@@ -11,8 +11,15 @@ from vitprobe.plots.attention import uniform
 from vitprobe.plots.differences import UNDECIDED
 from vitprobe.plots.style import subjects
 from vitprobe.report.findings.models import has_prefix, in_text, shown
-from vitprobe.report.findings.similarity import peaks_of
-from vitprobe.report.words import LEVEL, bracket, count, join, layers_in_words, percent, quantity
+from vitprobe.report.words import (
+    LEVEL,
+    bracket,
+    count,
+    digits_of,
+    join,
+    layers_in_words,
+    percent,
+)
 from vitprobe.statistics import paired, t_interval
 
 if TYPE_CHECKING:
@@ -23,6 +30,8 @@ if TYPE_CHECKING:
     from vitprobe.results import Comparison
 
 _TIE = 1e-9
+# Of numbers that are kept in single precision.
+_ROUNDING = 1e-6
 
 
 def locality(result: Comparison) -> str:
@@ -71,17 +80,22 @@ def trend(result: Comparison, measure: str, name: str) -> str:
     blocks = by_block["layer"].values
     if not len(blocks):
         return f"{name}: {noun} is undefined in every block."
+    value, low, high = (by_block[key].values for key in ("value", "low", "high"))
     start, end = int(blocks[0]), int(blocks[-1])
-    first, last = (of_layer(by_block.sel(layer=block), units) for block in (start, end))
-    values = [float(by_block["value"].sel(layer=block)) for block in (start, end)]
+    least = digits_of(float(np.ptp(value)), units)
+    first, last = (of_layer(by_block.isel(layer=index), units, least) for index in (0, -1))
     if len(blocks) == 1:
-        move = f"{name}: {noun} is {first} in block {start}"
-    elif quantity(values[0], units) == quantity(values[1], units):
-        move = f"{name}: {noun} stays near {first} from block {start} to block {end}"
+        move = f"is {of_layer(by_block.isel(layer=0), units)} in block {start}"
+    elif _is_one(value, low, high):
+        mean = overall(result, measure, name, relative=relative)
+        move = f"stays near its mean of {mean} in every block"
+    elif _grows(value, low, high):
+        move = f"grows from {first} in block {start} to {last} in block {end}"
+    elif _grows(-value, -high, -low):
+        move = f"falls from {first} in block {start} to {last} in block {end}"
     else:
-        verb = "grows" if values[1] > values[0] else "falls"
-        move = f"{name}: {noun} {verb} from {first} in block {start} to {last} in block {end}"
-    return f"{move}{_extreme_head(result, measure, name, relative=relative)}."
+        move = f"lies {_range(by_block, units)}"
+    return f"{name}: {noun} {move}{_extreme_head(result, measure, name, relative=relative)}."
 
 
 def token_trend(result: Comparison, measure: str) -> str:
@@ -109,18 +123,14 @@ def sinks(result: Comparison) -> str:
             parts.append(f"{name} has no prefix tokens, so its sink mass is 0 by construction")
             continue
         by_block = result.by_layer("sink_mass", name)
-        value = by_block["value"]
-        defined = int(value.notnull().sum())
-        if not defined:
+        by_block = by_block.where(by_block["value"].notnull(), drop=True)
+        if not by_block.sizes["layer"]:
             parts.append(f"it is undefined for {name}")
             continue
-        peaks, largest = peaks_of(value)
-        if len(peaks) < defined:
-            if len(peaks) == 1:
-                largest = of_layer(by_block.sel(layer=peaks[0]), "share")
-            where = f" (most in {layers_in_words(peaks, 'block')}, {largest})"
+        if not _is_one(*(by_block[key].values for key in ("value", "low", "high"))):
+            where = f", by block {_range(by_block, 'share')}"
         else:
-            where = " (alike in every block)" if defined > 1 else ""
+            where = " (alike in every block)" if by_block.sizes["layer"] > 1 else ""
         parts.append(f"{overall(result, 'sink_mass', name)} in {name}{where}")
     return f"Share of patch attention that goes to prefix tokens: {'; '.join(parts)}."
 
@@ -162,19 +172,19 @@ def band_of_tokens(result: Comparison, measure: str) -> str:
     return f"{what}, layer by layer (pointwise).{_dashed(result)}"
 
 
-def overall(result: Comparison, measure: str, name: str) -> str:
+def overall(result: Comparison, measure: str, name: str, *, relative: bool = False) -> str:
     """The mean of a measure over heads, layers and images, with its interval over images."""
-    found = t_interval(_per_image(result, measure, name, slice(None)))
+    found = t_interval(_per_image(result, measure, name, slice(None), relative=relative))
     if not np.isfinite(found.value):
         return "undefined"
-    units = result.layer_images(measure, name).attrs["units"]
+    units = result.layer_images(measure, name, relative=relative).attrs["units"]
     return bracket(float(found.value), float(found.low), float(found.high), units)
 
 
-def of_layer(row: xr.Dataset, units: str) -> str:
-    """The number of one layer with its interval."""
+def of_layer(row: xr.Dataset, units: str, least: int = 0) -> str:
+    """The number of one layer with its interval, at least to so many decimals."""
     value, low, high = (float(row[key]) for key in ("value", "low", "high"))
-    return bracket(value, low, high, units)
+    return bracket(value, low, high, units, least)
 
 
 def first_blocks(result: Comparison, name: str) -> int:
@@ -186,31 +196,63 @@ def _dashed(result: Comparison) -> str:
     return " Dashed: untrained twins." if result.references else ""
 
 
+def _is_one(value: np.ndarray, low: np.ndarray, high: np.ndarray) -> bool:
+    """Whether all intervals hold one common value; a number without an interval is its own."""
+    low, high = (np.where(np.isfinite(end), end, value) for end in (low, high))
+    return bool(np.nanmax(low) - np.nanmin(high) <= _ROUNDING * np.nanmax(np.abs(value)))
+
+
+def _grows(value: np.ndarray, low: np.ndarray, high: np.ndarray) -> bool:
+    """Whether the last interval lies above the first, and none below that of an earlier block."""
+    low, high = (np.where(np.isfinite(end), end, value) for end in (low, high))
+    return bool(low[-1] > high[0] and (high >= np.maximum.accumulate(low)).all())
+
+
+def _range(by_block: xr.Dataset, units: str) -> str:
+    """`between 0.88 % [0.83, 0.92] (block 0) and 1.48 % [1.43, 1.53] (block 3)`."""
+    value, low, high = (by_block[key].values for key in ("value", "low", "high"))
+    ends = []
+    for at in (int(value.argmin()), int(value.argmax())):
+        text, same = _as_printed(value, low, high, at, units)
+        ends.append(f"{text} ({layers_in_words(by_block['layer'].values[same], 'block')})")
+    return f"between {' and '.join(ends)}"
+
+
+def _as_printed(
+    value: np.ndarray, low: np.ndarray, high: np.ndarray, at: int, units: str
+) -> tuple[str, list[int]]:
+    """One of several numbers to the digits that tell their ends apart, and all printed alike.
+
+    Only a number that no other is printed like comes with its interval.
+    """
+    least = digits_of(float(np.nanmax(value) - np.nanmin(value)), units)
+
+    def text(of: float) -> str:
+        return bracket(of, low[at], high[at], units, least).partition(" [")[0]
+
+    same = [i for i, other in enumerate(value) if text(other) == text(value[at])]
+    alone = bracket(value[at], low[at], high[at], units, least)
+    return alone if len(same) == 1 else text(value[at]), same
+
+
 def _extreme_head(result: Comparison, measure: str, name: str, *, relative: bool) -> str:
     """The head to look at first, unless it is printed as others are; as the end of a sentence."""
     values = result.attention(measure, name, relative=relative)
     units = values.attrs["units"]
-    # Local and narrow heads are the remarkable ones, but of sinks the strongest.
-    superlative, extreme = (
-        ("highest", values.max()) if units == "share" else ("lowest", values.min())
-    )
-    text = quantity(float(extreme), units)
-    found = [
-        (row, column)
-        for row, column in np.argwhere(np.isfinite(values.values))
-        if quantity(float(values.values[row, column]), units) == text
-    ]
-    defined = int(values.notnull().sum())
-    if len(found) == defined:
+    ends = result.interval(measure, name, relative=relative)
+    value, low, high = (array.values.ravel() for array in (values, *ends))
+    defined = int(np.isfinite(value).sum())
+    if _is_one(value, low, high):
         return "; all heads are alike" if defined > 1 else ""
-    if len(found) > 1:
-        return f"; the {superlative} heads, {len(found)} of {defined}, are at {text}"
-    row, column = found[0]
-    head, block = int(values["head"][column]), int(values["layer"][row])
-    low, high = (
-        float(end[row, column]) for end in result.interval(measure, name, relative=relative)
+    # Local and narrow heads are the remarkable ones, but of sinks the strongest.
+    superlative, at = (
+        ("highest", np.nanargmax(value)) if units == "share" else ("lowest", np.nanargmin(value))
     )
-    text = bracket(float(extreme), low, high, units)
+    text, same = _as_printed(value, low, high, int(at), units)
+    if len(same) > 1:
+        return f"; the {superlative} heads, {len(same)} of {defined}, are at {text}"
+    row, column = divmod(int(at), values.sizes["head"])
+    head, block = int(values["head"][column]), int(values["layer"][row])
     return f"; the {superlative} head is head {head} of block {block} ({text})"
 
 

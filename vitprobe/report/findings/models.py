@@ -23,6 +23,11 @@ def shown(result: Comparison) -> tuple[str, ...]:
     return tuple(firsts.values())
 
 
+def several_seeds(result: Comparison) -> bool:
+    """Whether a method has two seeds, without which nothing has an interval over seeds."""
+    return any(len(names) > 1 for names in result.groups.values())
+
+
 def in_text(measure: str) -> str:
     """The title of a measure inside a sentence: `attention distance`, but `RankMe`."""
     title = MEASURES[measure].title

@@ -102,17 +102,23 @@ def widths(result: Comparison, measure: str, a: str, b: str) -> str:
 
 
 def is_defined(result: Comparison, measure: str, names: Sequence[str]) -> bool:
-    """Whether a similarity measure has a value for any two layers of these models."""
-    return any(bool(result.similarity(measure, a, b).notnull().any()) for a in names for b in names)
+    """Whether a measure has a value for any layers or heads of these models."""
+    group = result.group_of(measure)
+    if group == "similarity":
+        values = (result.similarity(measure, a, b) for a in names for b in names)
+    else:
+        values = (getattr(result, group)(measure, name) for name in names)
+    return any(bool(value.notnull().any()) for value in values)
 
 
 def grid(result: Comparison, measure: str, names: Sequence[str]) -> list[str]:
     """What a similarity measure of these models shows over all layer pairs."""
     info = MEASURES[measure]
     pairs = list(combinations(names, 2)) or [(names[0], names[0])]
-    means = {
-        pair: _mean(cells) for pair in pairs if (cells := _cells(result.similarity(measure, *pair)))
-    }
+    blocks = {pair: result.similarity(measure, *pair) for pair in pairs}
+    # Means over other cells have no common order.
+    whole = all(bool(block.notnull().all()) for block in blocks.values())
+    means = {pair: float(block.mean()) for pair, block in blocks.items()} if whole else {}
     sentences = [f"{info.title}. {info.what}"]
     if len(means) == 1:
         (((a, b), mean),) = means.items()
@@ -128,12 +134,30 @@ def grid(result: Comparison, measure: str, names: Sequence[str]) -> list[str]:
     images = result.similarity(measure, names[0], names[0]).attrs["images"]
     missing = sum(int(result.similarity(measure, *pair).isnull().sum()) for pair in drawn)
     if missing:
-        sentences.append(f"{count(missing, 'cell')} undefined and hatched: the notes say why.")
+        verb = "is" if missing == 1 else "are"
+        sentences.append(
+            f"{count(missing, 'cell')} {verb} undefined and hatched: the notes say why."
+        )
     return [
         *sentences,
         *floors(result, measure, drawn),
         f"On {count(images, 'image')}; the {LEVEL} interval of every cell is in the table.",
     ]
+
+
+def mean_by_pair(result: Comparison, measure: str) -> str:
+    """The mean of a similarity measure over layer pairs, of every two models."""
+    names = subjects(result)
+    parts = []
+    for a, b in list(combinations(names, 2)) or [(names[0], names[0])]:
+        value = result.similarity(measure, a, b)
+        cells = _cells(value)
+        mean = two_digits(_mean(cells)) if cells else "undefined"
+        where = f"within {a}" if a == b else f"for {a} and {b}"
+        some = f" (over {len(cells)} of {value.size})" if 0 < len(cells) < value.size else ""
+        parts.append(f"{mean} {where}{some}")
+    listed = join(parts) if len(parts) <= 6 else f"{', '.join(parts[:6])}, …"
+    return f"{MEASURES[measure].title}, mean over layer pairs: {listed}."
 
 
 def overall_similarity(result: Comparison) -> str:

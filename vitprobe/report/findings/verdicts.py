@@ -8,9 +8,10 @@ import numpy as np
 
 from vitprobe.measures.registry import MEASURES
 from vitprobe.plots.differences import UNDECIDED, rows_of
-from vitprobe.report.findings.models import MAIN, in_text, shown
+from vitprobe.report.findings.models import MAIN, in_text, several_seeds, shown
 from vitprobe.report.findings.similarity import with_interval
-from vitprobe.report.words import LEVEL, amount, bracket, count, join
+from vitprobe.report.words import LEVEL, bracket, count, join, of_difference, spread
+from vitprobe.tables import ONE_SEED
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,24 +70,18 @@ def methods(result: Comparison, lists: Lists) -> list[str]:
     table = lists.group_differences
     if table is None or not len(table):
         return []
-    known = [name for name in MAIN if name in set(table["measure"])] or [table["measure"].iloc[0]]
+    if not several_seeds(result):
+        return ["There is one seed a method, and so no interval: no difference can be judged."]
     sentences = []
-    for measure in known:
-        rows = table[table["measure"] == measure]
-        told = [
-            f"{row.group_a} {_apart(row)} than {row.group_b}"
-            for row in rows_of(rows[rows["verdict"].isin(("higher", "lower"))])
-        ]
-        parts = ["; ".join(told)] if told else []
-        open_ = rows[rows["verdict"] == UNDECIDED]
-        if len(open_):
-            pairs = [f"{row.group_a} and {row.group_b}" for row in rows_of(open_)]
-            parts.append(f"{UNDECIDED}: {', '.join(pairs)}")
-        single = rows[~rows["verdict"].isin(("higher", "lower", UNDECIDED))]
-        if len(single):
-            pairs = [f"{row.group_a} and {row.group_b}" for row in rows_of(single)]
-            parts.append(f"one seed, so nothing can be said: {', '.join(pairs)}")
-        sentences.append(f"{MEASURES[measure].title}, with seeds as the unit: {'; '.join(parts)}.")
+    told = table[table["verdict"].isin(("higher", "lower"))]
+    for measure, rows in told.groupby("measure", sort=False):
+        pairs = [f"{row.group_a} {_apart(row)} than {row.group_b}" for row in rows_of(rows)]
+        sentences.append(f"{MEASURES[str(measure)].title}: {'; '.join(pairs)}.")
+    of = count(len(table), "comparison")
+    if open_ := int((table["verdict"] == UNDECIDED).sum()):
+        sentences.append(f"In {open_} of {of}, the two methods cannot be told apart.")
+    if single := int((table["verdict"] == ONE_SEED).sum()):
+        sentences.append(f"{single} of {of} cannot be judged: one method has a single seed.")
     return sentences
 
 
@@ -111,28 +106,28 @@ def methods_similarity(table: pd.DataFrame, title: str = "CKA") -> str:
     )
 
 
-def forest(table: pd.DataFrame, measure: str) -> str:
-    """How a forest of paired differences is read, and how much of it stands."""
-    rows = table[table["measure"] == measure]
+def forest(rows: pd.DataFrame, listed: int) -> str:
+    """How a forest of these rows is read, how many stand, and how many differences were judged."""
     open_ = int((rows["verdict"] == UNDECIDED).sum())
     images = int(rows["images"].min())
+    hollow = f"; hollow and grey: cannot be told apart ({open_} of {len(rows)})" if open_ else ""
     return (
-        f"{MEASURES[measure].title}: point, mean of A minus B over {count(images, 'image')}; line, "
-        f"its {LEVEL} interval (paired, pointwise). Filled: the difference holds after Holm's "
-        f"correction over all {len(table)} listed differences; hollow and grey: cannot be told "
-        f"apart ({open_} of {len(rows)})."
+        f"{MEASURES[rows['measure'].iloc[0]].title}: point, mean of A minus B over "
+        f"{count(images, 'image')}; line, its {LEVEL} interval (paired, pointwise). Filled: the "
+        f"difference holds after Holm's correction over {count(listed, 'listed difference')}"
+        f"{hollow}."
     )
 
 
 def seeds(table: pd.DataFrame, measure: str) -> str:
     """How a figure of seeds is read, with the spread between seeds of each method."""
     rows = table[table["measure"] == measure]
-    spread = [
-        f"{row.group} {amount(row.between_seeds, row.units)}"
+    spreads = [
+        f"{row.group} {spread(row.between_seeds, row.units)}"
         for row in rows_of(rows)
         if np.isfinite(row.between_seeds)
     ]
-    between = f" Standard deviation between seeds: {join(spread)}." if spread else ""
+    between = f" Standard deviation between seeds: {join(spreads)}." if spreads else ""
     return (
         f"Point: a seed (mean over images, heads and layers); tick and bar: mean of the method and "
         f"its {LEVEL} interval over seeds (Student's t).{between}"
@@ -144,4 +139,5 @@ def _apart(row: Any) -> str:
     if row.verdict == UNDECIDED:
         return UNDECIDED
     ends = (row.low, row.high) if row.difference > 0 else (-row.high, -row.low)
-    return f"{row.verdict} by {bracket(abs(row.difference), *ends, row.units)}"
+    size = bracket(abs(row.difference), *ends, of_difference(row.units))
+    return f"{row.verdict} by {size}"
