@@ -486,6 +486,7 @@ def test_every_measure_says_what_it_is(name):
         (np.ones((2, 3, 3)), {"grid": (1, 3)}, "give \\(batch, heads, queries, keys\\)"),
         (maps(), {"grid": (3, 3), "prefix_tokens": 1}, "12 patch queries .* for 9 and 9"),
         (maps(), {}, "give either grid"),
+        (maps(), {"grid": (3, 4), "prefix_tokens": 1, "patch_size": 0}, "0 x 0 pixels is none"),
         (-maps(), {"grid": (3, 4), "prefix_tokens": 1}, "post-softmax"),
         (maps() * 3, {"grid": (3, 4), "prefix_tokens": 1}, "sum to more than 1"),
         (maps() * np.nan, {"grid": (3, 4), "prefix_tokens": 1}, "non-finite"),

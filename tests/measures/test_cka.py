@@ -122,6 +122,7 @@ def test_any_shape(n, p, q, seed):
         (np.eye(5), np.eye(5), {"estimator": "mle"}, "unknown CKA estimator 'mle'"),
         ("abc", np.eye(5), {}, "expected a torch tensor or numpy array of real numbers, got str"),
         (np.repeat([[0.0], [1.0]], [9, 1], 0), np.eye(10), {"kernel": "rbf"}, "bandwidth is zero"),
+        (np.eye(10), np.eye(10), {"kernel": "rbf", "bandwidth": -1.0}, "bandwidth of -1.0 is none"),
     ],
 )
 def test_refusals(x, y, options, message):

@@ -444,6 +444,12 @@ def test_cosine_of_features_of_any_scale(scale):
     np.testing.assert_allclose(found, token_cosine(tokens), atol=1e-3)
 
 
+@pytest.mark.parametrize("cutoff", [0, -1, math.nan])
+def test_a_cutoff_that_is_none(cutoff):
+    with pytest.raises(MeasureError, match="is none; give one above 0"):
+        norm_outliers(torch.ones(1, 4, 2), cutoff=cutoff)
+
+
 def test_one_image_has_no_rankme():
     measure = RankMe(1)
     measure.update(0, 0, torch.ones(1, 4))

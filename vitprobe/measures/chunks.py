@@ -90,8 +90,14 @@ def pairwise_distance(query_xy: Tensor, key_xy: Tensor) -> Tensor:
 
 
 def grid_positions(grid: tuple[int, int], patch_size: float | tuple[float, float]) -> Tensor:
-    """Centres (x, y) in pixels of a row-major grid of patches: (rows * columns, 2) float64."""
+    """Centres (x, y) in pixels of a row-major grid of patches: (rows * columns, 2) float64.
+
+    Raises:
+        MeasureError: a patch size that is not above 0.
+    """
     height, width = (patch_size, patch_size) if isinstance(patch_size, (int, float)) else patch_size
+    if not (height > 0 and width > 0):
+        raise MeasureError(f"a patch of {height} x {width} pixels is none; give sides above 0")
     rows, columns = grid
     y, x = torch.meshgrid(
         (torch.arange(rows, dtype=torch.float64) + 0.5) * height,

@@ -53,10 +53,13 @@ def rbf_gram(features: Tensor, bandwidth: Literal["median"] | float = "median") 
         (n, n).
 
     Raises:
-        MeasureError: the median distance is zero, so the kernel has no width.
+        MeasureError: the median distance is zero, so the kernel has no width; a bandwidth that is
+            not above 0.
     """
-    squared = squared_distances(centered_gram(features))
     fraction = 1.0 if bandwidth == "median" else float(bandwidth)
+    if not fraction > 0:
+        raise MeasureError(f"an RBF bandwidth of {bandwidth} is none; give 'median' or one above 0")
+    squared = squared_distances(centered_gram(features))
     variance = fraction**2 * median_entry(squared)
     if not variance > 0:
         raise MeasureError(

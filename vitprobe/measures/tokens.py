@@ -120,9 +120,11 @@ def norm_outliers(tokens: A, *, cutoff: float = 3.5) -> A:
         kind of array given.
 
     Raises:
-        MeasureError: another shape, or features that are not finite.
+        MeasureError: another shape, features that are not finite, or a cutoff not above 0.
     """
     tensor = checked_tokens(tokens)
+    if not cutoff > 0:
+        raise MeasureError(f"a cutoff of {cutoff} is none; give one above 0")
     norms = torch.linalg.vector_norm(tensor, dim=-1)
     median = norms.quantile(0.5, dim=-1, keepdim=True)
     above = norms - median
