@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import timm
@@ -10,6 +12,9 @@ from torch import nn
 
 from vitprobe.errors import CaptureError, SourceError
 from vitprobe.models import Fact, wrap
+from vitprobe.models.anatomy import Layout
+from vitprobe.models.discovery import find_anatomy, find_input_size
+from vitprobe.models.plain import plain_anatomy
 
 Tiny = Callable[..., nn.Module]
 
@@ -81,19 +86,56 @@ def test_one_channel_without_statistics_gets_an_average(tiny: Tiny) -> None:
 def test_what_is_not_found_is_named(tiny: Tiny) -> None:
     with pytest.raises(CaptureError, match=r"not str; load takes a spec"):
         wrap("timm:vit", name="mine")
-    with pytest.raises(CaptureError, match=r"Sequential .*no list of blocks .*'attn'"):
-        wrap(nn.Sequential(nn.Linear(2, 2)), name="mine")
-    with pytest.raises(CaptureError, match=r"several lists of blocks \(layers.0.blocks"):
-        wrap(timm.create_model("swin_tiny_patch4_window7_224"), name="mine")
-    bare = nn.Module()
-    bare.blocks = tiny().blocks
-    with pytest.raises(CaptureError, match="no 'patch_embed'"):
-        wrap(bare, name="mine")
+    with pytest.raises(CaptureError, match="input_size=32 of 'mine' is not"):
+        wrap(tiny(), name="mine", input_size=32)
     with pytest.raises(CaptureError, match="does not run on an input of 3x20x20"):
         wrap(tiny(), name="mine", input_size=(3, 20, 20))
-    odd = tiny()
-    odd.num_prefix_tokens = 3
-    with pytest.raises(CaptureError, match="17 tokens, which are not a grid of 4x4"):
-        wrap(odd, name="mine")
     with pytest.raises(SourceError, match="std=0 in wrap of 'mine'"):
         wrap(tiny(), name="mine", std=0)
+
+
+def test_what_is_not_plainly_a_vision_transformer_is_surveyed(tiny: Tiny) -> None:
+    odd = tiny()
+    odd.num_prefix_tokens = 3
+    assert plain_anatomy(odd, (3, 16, 16)) is None
+    assert find_anatomy(odd, (3, 16, 16)).prefix_tokens == 1
+    pooling = tiny(global_pool="map", class_token=False)
+    assert plain_anatomy(pooling, (3, 16, 16)) is None
+    sites = find_anatomy(pooling, (3, 16, 16)).sites
+    assert [site.no_distance for site in sites] == ["", "", "its only query is no patch"]
+    unlike = tiny()
+    unlike.blocks[1].attn.norm = torch.nn.LayerNorm(32)
+    assert plain_anatomy(unlike, (3, 16, 16)) is None
+
+
+def test_input_sizes_that_modules_name(tiny: Tiny) -> None:
+    assert find_input_size(tiny(img_size=(8, 20), in_chans=1)) == (1, 8, 20)
+    module = tiny()
+    module.pretrained_cfg = {"input_size": (3, 12, 12)}
+    assert find_input_size(module) == (3, 12, 12)
+    with pytest.raises(CaptureError, match=r"Linear does not name its input size; give it as"):
+        find_input_size(torch.nn.Linear(2, 2))
+
+
+TOKENS = torch.arange(2 * 6 * 5.0).view(2, 6, 5)
+
+
+@pytest.mark.parametrize(
+    ("value", "layout"),
+    [
+        (TOKENS, {"form": "tokens"}),
+        (TOKENS.view(2, 2, 3, 5), {"form": "grid"}),
+        (TOKENS.mT.unflatten(-1, (2, 3)), {"form": "maps"}),
+        (TOKENS.transpose(0, 1), {"form": "sequence"}),
+        (TOKENS.reshape(4, 3, 5), {"form": "tokens", "folded": 2}),
+        (TOKENS[:, [1, 2, 3, 4, 5, 0]], {"form": "tokens", "order": (5, 0, 1, 2, 3, 4)}),
+    ],
+)
+def test_layouts_read_tensors(value: torch.Tensor, layout: dict[str, Any]) -> None:
+    known = Layout(width=5, prefix_tokens=1, patches=5, grid=None, patch_size=None, **layout)
+    read = known.read(value)
+    assert read is not None
+    assert torch.equal(read, TOKENS)
+    assert replace(known, width=4).read(value) is None
+    assert replace(known, patches=6).read(value) is None
+    assert known.read(TOKENS[0]) is None

@@ -161,7 +161,7 @@ def test_other_zip_archives_missing_files_and_directories(tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match="no checkpoint file"):
         load(tmp_path / "absent.pth")
     with pytest.raises(CheckpointError, match="is a directory"):
-        load(tmp_path)
+        read_checkpoint(tmp_path)
 
 
 @BOTH

@@ -199,6 +199,57 @@ def test_the_other_branch(
         load(f"{path},heads=4,branch=teachr")
 
 
+@pytest.mark.parametrize("write", [timm_ema, deit, moco, dino])
+def test_branches_go_by_any_usual_name(
+    tmp_path: Path, tiny: Tiny, write: Callable[[Tensors], Any]
+) -> None:
+    tensors = tiny().state_dict()
+    path = tmp_path / "checkpoint.pth"
+    torch.save(write(tensors), path)
+    student, teacher = (tensors, noise(tensors)) if write is not dino else (noise(tensors), tensors)
+    for branch in ("ema", "teacher", "momentum"):
+        torch.testing.assert_close(load(path, heads=4, branch=branch).module.state_dict(), teacher)
+    torch.testing.assert_close(load(path, heads=4, branch="student").module.state_dict(), student)
+
+
+def test_a_branch_that_is_not_there_is_not_made_up(tmp_path: Path, tiny: Tiny) -> None:
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"model": tiny().state_dict()}, path)
+    with pytest.raises(CheckpointError, match="no branch 'teacher'; it holds model"):
+        load(path, heads=4, branch="teacher")
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "module.model._orig_mod.backbone.",
+        "_orig_mod.backbone.module.",
+        "model.module.encoder.net.",
+        "backbone.model.",
+        "vit.",
+    ],
+)
+def test_wrappers_in_any_order(tmp_path: Path, tiny: Tiny, prefix: str) -> None:
+    tensors = tiny().state_dict()
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"state_dict": prefixed(tensors, prefix)}, path)
+    model = load(path, heads=4)
+    torch.testing.assert_close(model.module.state_dict(), tensors)
+    assert model.report is not None
+    assert model.report.branch is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_become_single(tmp_path: Path, tiny: Tiny, dtype: torch.dtype) -> None:
+    tensors = {key: tensor.to(dtype) for key, tensor in tiny().state_dict().items()}
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"model": tensors}, path)
+    state = load(path, heads=4).module.state_dict()
+    torch.testing.assert_close(
+        state, {key: t.float() for key, t in tensors.items()}, rtol=0, atol=0
+    )
+
+
 def test_a_distillation_run_is_no_dino(tmp_path: Path, tiny: Tiny) -> None:
     tensors = tiny().state_dict()
     path = tmp_path / "checkpoint.pth"
@@ -229,6 +280,19 @@ def test_a_head_that_timm_could_not_hold_is_left_out(tmp_path: Path, tiny: Tiny)
     assert isinstance(model.module.head, nn.Identity)
 
 
+def test_a_pooling_by_attention_is_left_out(tmp_path: Path, tiny: Tiny, images: Tensor) -> None:
+    source = tiny(global_pool="map", class_token=False, num_classes=5)
+    path = tmp_path / "model.pth"
+    torch.save(source.state_dict(), path)
+    model = load(path, heads=4)
+    with torch.no_grad():
+        expected = source.forward_features(images)
+        torch.testing.assert_close(model.module.forward_features(images), expected)
+    assert model.report is not None
+    assert {key.partition(".")[0] for key in model.report.ignored} == {"attn_pool"}
+    assert model.report.unexpected == ()
+
+
 def test_keys_outside_the_encoder_are_reported(tmp_path: Path, tiny: Tiny) -> None:
     path = tmp_path / "model.pth"
     extra = {"lm_thing.weight": torch.zeros(2)}
@@ -241,10 +305,11 @@ def test_keys_outside_the_encoder_are_reported(tmp_path: Path, tiny: Tiny) -> No
 @pytest.mark.parametrize(
     "key",
     [
-        "blocks.0.attn.relative_position_bias_table",
+        "blocks.0.attn.lambda_q1",
         "blocks.1.gamma_3",
         "rope.freqs",
-        "register_tokens",
+        "meta_tokens",
+        "cls_norm.weight",
         "norm_post.weight",
     ],
 )

@@ -35,6 +35,10 @@ def test_options_follow_the_source() -> None:
         ("timm:deit_tiny_patch16_224", "timm", "deit_tiny_patch16_224"),
         ("init:deit_tiny_patch16_224,seed=3", "init", "deit_tiny_patch16_224"),
         ("run:runs/mae", "run", "runs/mae"),
+        ("hf:google/vit-base-patch16-224,size=384", "hf", "google/vit-base-patch16-224"),
+        ("torchvision:vit_b_16.IMAGENET1K_V1", "torchvision", "vit_b_16.IMAGENET1K_V1"),
+        ("init:hf:google/vit,seed=1", "init_hf", "google/vit"),
+        ("init:torchvision:swin_t", "init_torchvision", "swin_t"),
         ("folder/with=sign/mae.pth.tar", "file", "folder/with=sign/mae.pth.tar"),
         ("C:\\models\\mae.pth", "file", "C:\\models\\mae.pth"),
     ],
@@ -62,6 +66,15 @@ def test_an_existing_file_may_hold_a_comma(tmp_path: Path) -> None:
     assert parse_spec(str(path)).target == str(path)
 
 
+def test_saved_folders(tmp_path: Path) -> None:
+    folder = tmp_path / "vit,large"
+    folder.mkdir()
+    (folder / "config.json").touch()
+    assert parse_spec(str(folder)) == ModelSpec("file", str(folder), {}, str(folder))
+    spec = parse_spec(f"init:{folder}", seed=3)
+    assert (spec.kind, spec.target, spec.options) == ("init_file", str(folder), {"seed": 3})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -78,7 +91,10 @@ def test_an_existing_file_may_hold_a_comma(tmp_path: Path) -> None:
         ("mae.pth,eps=nan", "epsilon"),
         ("mae.pth,seed=1", "'seed' does not apply"),
         ("timm:deit_tiny_patch16_224,heads=3", "'heads' does not apply"),
-        ("hf:google/vit", "'hf:' in 'hf:google/vit' is not supported yet"),
+        ("hf:", "names no model"),
+        ("init:torchvision:", "names no model"),
+        ("hf:google/vit,heads=3", "'heads' does not apply"),
+        ("torchvision:vit_b_16,seed=1", "'seed' does not apply"),
         ("tim:deit", "Did you mean 'timm'?"),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from vitprobe.errors import CaptureError, SourceError
-from vitprobe.models import Fact, load, timm_models
+from vitprobe.models import Fact, hub, load, timm_models
 
 TINY = "deit_tiny_patch16_224"
 
@@ -60,14 +60,22 @@ def test_names_and_options_that_timm_lacks(spec: str, message: str) -> None:
         load(spec)
 
 
-def test_models_that_are_no_vision_transformer() -> None:
-    with pytest.raises(CaptureError, match="This ResNet is no Vision Transformer"):
-        load("timm:resnet18")
+def test_models_of_other_families() -> None:
+    convolutional = load("init:resnet10t,size=64")
+    assert convolutional.input_size == (3, 64, 64)
+    assert convolutional.facts["width"] == Fact((64, 128, 256, 512), "timm")
+    assert convolutional.facts["grid"].value == ((16, 16), (8, 8), (4, 4), (2, 2))
+    assert "heads" not in convolutional.facts
+    assert "width (64, 128, 256, 512), depth 4, input 3x64x64" in repr(convolutional)
+    windows = load("init:swinv2_cr_tiny_224,size=64")
+    assert windows.facts["heads"] == Fact((3, 6, 12, 24), "timm")
+    assert windows.facts["position_embedding"] == Fact("none added to the tokens", "timm")
+    assert not windows.anatomy.pre_norm
 
 
 def test_offline_is_honoured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
-    monkeypatch.setattr(timm_models, "_unreachable", lambda url: pytest.fail("asked the network"))
+    monkeypatch.setattr(hub, "unreachable", lambda url: pytest.fail("asked the network"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(SourceError, match="HF_HUB_OFFLINE forbids"):
         load(f"timm:{TINY}")

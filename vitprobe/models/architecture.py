@@ -1,9 +1,8 @@
-"""Infer a Vision Transformer's architecture from its tensors, and rebuild it with timm.
+"""Infer a Vision Transformer's architecture from its tensors.
 
-Shapes give width, depth, patch, channels, grid, prefix tokens, MLP width, biases, layer scale,
-which final norm there is, and the head. They do not give the number of attention heads, the
-LayerNorm epsilon or the activation: those come from what lies beside the weights, from the user, or
-from convention, and then the fact says "assumed".
+Shapes give width, depth, patch, channels, grid, prefix tokens, MLP width and gate, biases, layer
+scale, relative positions, which norms there are, and the head. What they do not give (the number of
+attention heads, the LayerNorm epsilon, the activation) comes from `vitprobe.models.evidence`.
 """
 
 from __future__ import annotations
@@ -11,26 +10,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import timm
-import torch
-from timm.layers import resample_abs_pos_embed
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vitprobe.errors import CheckpointError, SourceError
-from vitprobe.models.formats.base import Dialect, architecture_name
+from vitprobe.models.evidence import RELATIVE_TABLE, Evidence, activation, heads, norm_eps
 from vitprobe.models.model import ASSUMED, Fact
+from vitprobe.models.rebuilding import Architecture, Kind, mlp_ratio
 
-# timm's convention is 64 channels a head; its largest models are the exceptions.
-_USUAL_HEADS = {1280: 16, 1408: 16, 1664: 16}
-_HEAD_COUNTS = ("num_heads", "n_heads", "heads", "encoder_num_heads")
 _BLOCK = re.compile(r"blocks\.(\d{1,4})\.")
+_SHARED_TABLE = f"rel_pos_bias.{RELATIVE_TABLE}"
 # Arguments of timm's VisionTransformer that a config beside the weights may state.
 _CONFIG = {
     "img_size",
@@ -51,58 +43,6 @@ _CONFIG = {
 }
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """All that may say what shapes cannot.
-
-    options: the user's (`vitprobe.models.sources.OPTIONS`).
-    config: arguments of timm's VisionTransformer, complete, from the file's own metadata.
-    settings: of the training run, saved beside the weights.
-    """
-
-    options: Mapping[str, Any]
-    config: Mapping[str, Any]
-    settings: Mapping[str, Any]
-    dialect: Dialect
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A plain Vision Transformer.
-
-    arguments: of timm's VisionTransformer.
-    distilled: whether it has DeiT's distillation token.
-    stored_grid, grid: (rows, columns) of patches in the file and in the model to build.
-    """
-
-    arguments: dict[str, Any]
-    distilled: bool
-    stored_grid: tuple[int, int]
-    grid: tuple[int, int]
-    facts: dict[str, Fact]
-
-    def build(self, seed: int | None = None) -> VisionTransformer:
-        """timm's module with its initialisation under `seed`, or with arbitrary weights, to be
-        filled. The global random state stays as it is."""
-        build = VisionTransformerDistilled if self.distilled else VisionTransformer
-        # timm's distilled class had no "skip" at first.
-        skip: dict[str, Any] = {} if self.distilled or seed is not None else {"weight_init": "skip"}
-        with torch.random.fork_rng(devices=[]):
-            if seed is not None:
-                torch.default_generator.manual_seed(seed)
-            return build(**self.arguments, **skip)
-
-    def fit_positions(self, pos_embed: Tensor) -> Tensor:
-        """Position embeddings (1, tokens, width) for `grid`, resized bicubic and antialiased."""
-        prefix = self.facts["prefix_tokens"].value
-        return resample_abs_pos_embed(
-            pos_embed.float(),
-            new_size=list(self.grid),
-            old_size=list(self.stored_grid),
-            num_prefix_tokens=0 if self.arguments["no_embed_class"] else prefix,
-        )
-
-
 def infer_architecture(
     path: Path, tensors: Mapping[str, Tensor], evidence: Evidence
 ) -> Architecture:
@@ -115,13 +55,14 @@ def infer_architecture(
     width, channels, *patch = _shape(path, tensors, "patch_embed.proj.weight", 4)
     depth = _depth(path, tensors)
     hidden, _ = _shape(path, tensors, "blocks.0.mlp.fc1.weight", 2)
-    mlp_ratio = hidden / width
-    if int(width * mlp_ratio) != hidden:
-        mlp_ratio = math.nextafter(mlp_ratio, math.inf)
-    class_token, distilled = "cls_token" in tensors, "dist_token" in tensors
+    swiglu = hidden == 2 * _shape(path, tensors, "blocks.0.mlp.fc2.weight", 2)[1]
+    rope, relative = evidence.find("rope") is not None, _relative(tensors)
+    # All models with rotary positions have one, and no count of positions shows that it is lost.
+    class_token, distilled = rope or "cls_token" in tensors, "dist_token" in tensors
     registers = _shape(path, tensors, "reg_token", 3)[1] if "reg_token" in tensors else 0
     prefix = class_token + distilled + registers
     pooled = _any(tensors, r"fc_norm\.") and not _any(tensors, r"norm\.")
+    pre_norm = _any(tensors, r"norm_pre\.")
     stated = {
         "embed_dim": width,
         "depth": depth,
@@ -132,44 +73,93 @@ def infer_architecture(
     }
     _check_config(path, evidence.config, stated)
 
-    stored_grid, no_embed_class, grid_fact = _grid(path, tensors, prefix, patch, evidence)
-    grid, position_fact = _resized(stored_grid, patch, evidence.options.get("size"))
-    heads = _heads(path, tensors, width, depth, evidence)
-    eps = _norm_eps(evidence)
+    kind: Kind = "rope" if rope else "beit" if relative else "distilled" if distilled else "vit"
+    stored_grid, no_embed_class, grid_fact = _grid(path, tensors, prefix, patch, kind, evidence)
+    grid = _new_grid(stored_grid, patch, evidence.options.get("size"))
+    antialias = _antialias(evidence)
+    head_fact = heads(path, tensors, width, depth, evidence)
+    eps = norm_eps(path, evidence)
+    act, act_layer = activation(path, evidence)
+    if kind in ("beit", "rope"):
+        _check_activation(path, act, nn.SiLU if swiglu else nn.GELU)
+    if swiglu:
+        act = Fact("SwiGLU", "tensor shape")
+    patch_bias = _find_patch_bias(tensors, pre_norm, evidence)
     arguments = {
         **stated,
         "img_size": (grid[0] * patch[0], grid[1] * patch[1]),
-        "num_heads": heads.value,
-        "mlp_ratio": mlp_ratio,
+        "num_heads": head_fact.value,
+        "mlp_ratio": mlp_ratio(hidden, width),
+        "pos_embed": "learn" if "pos_embed" in tensors else "none",
         "no_embed_class": no_embed_class,
         "qkv_bias": _any(tensors, r"blocks\.\d+\.attn\.qkv\.bias"),
         "proj_bias": _any(tensors, r"blocks\.\d+\.attn\.proj\.bias"),
         "qk_norm": _any(tensors, r"blocks\.\d+\.attn\.q_norm\."),
         "init_values": 1.0 if _any(tensors, r"blocks\.\d+\.ls1\.") else None,
-        "pre_norm": _any(tensors, r"norm_pre\."),
+        "pre_norm": pre_norm,
         "num_classes": _classes(tensors, width, distilled),
         "global_pool": "avg" if pooled or not class_token else "token",
         "fc_norm": pooled,
         "norm_layer": partial(nn.LayerNorm, eps=eps.value),
+        "act_layer": act_layer,
     }
-    activation = Fact("GELU", "config") if evidence.config else Fact("GELU", ASSUMED)
     shapes = {
         "width": width,
         "depth": depth,
         "patch_size": tuple(patch),
         "prefix_tokens": prefix,
-        "mlp_ratio": round(mlp_ratio, 6),
+        "registers": registers,
+        "mlp_ratio": round(hidden / (2 if swiglu else 1) / width, 6),
+        "pre_norm": pre_norm,
         "final_norm": "fc_norm" if pooled else "norm",
     }
     facts = {
         **{name: Fact(value, "tensor shape") for name, value in shapes.items()},
         "grid": grid_fact if grid == stored_grid else Fact(grid, "user", "from size"),
-        "heads": heads,
+        "heads": head_fact,
         "norm_eps": eps,
-        "activation": activation,
-        "position_embedding": position_fact,
+        "activation": act,
+        "positions": _positions(tensors, relative, rope),
+        "position_embedding": Fact("computed for the grid", "dialect")
+        if rope and "pos_embed" not in tensors
+        else _position_fact(kind, stored_grid, grid, antialias),
     }
-    return Architecture(arguments, distilled, stored_grid, grid, facts)
+    return Architecture(
+        kind, arguments, swiglu, patch_bias, relative, stored_grid, grid, antialias, facts
+    )
+
+
+def _relative(tensors: Iterable[str]) -> Literal["table", "shared"] | None:
+    if _SHARED_TABLE in tensors:
+        return "shared"
+    return "table" if _any(tensors, rf"blocks\.\d+\.attn\.{RELATIVE_TABLE}$") else None
+
+
+def _positions(tensors: Iterable[str], relative: str | None, rope: bool) -> Fact:
+    """Where the model learns of places, in words."""
+    relatively = {None: "", "table": "relative", "shared": "relative, shared by the blocks"}
+    kinds = ["absolute" * ("pos_embed" in tensors), relatively[relative], "rotary" * rope]
+    return Fact(" and ".join(filter(None, kinds)), "tensor shape")
+
+
+def _check_activation(path: Path, stated: Fact, built: type[nn.Module]) -> None:
+    if stated.evidence in ("user", "config", "args") and stated.value != built.__name__:
+        raise CheckpointError(
+            f"'{path}' has the activation {stated.value} ({stated.evidence}), where timm's model "
+            f"with such positions has {built.__name__}."
+        )
+
+
+def _antialias(evidence: Evidence) -> bool:
+    fact = evidence.find("antialias")
+    return True if fact is None else bool(fact.value)
+
+
+def _find_patch_bias(tensors: Iterable[str], pre_norm: bool, evidence: Evidence) -> bool:
+    """A bias that is missing is a defect of the file, unless a norm follows or the dialect says."""
+    fact = evidence.find("patch_bias")
+    usual = not pre_norm if fact is None else bool(fact.value)
+    return "patch_embed.proj.bias" in tensors or usual
 
 
 def _any(tensors: Iterable[str], pattern: str) -> bool:
@@ -236,14 +226,21 @@ def _grid(
     tensors: Mapping[str, Tensor],
     prefix: int,
     patch: list[int],
+    kind: Kind,
     evidence: Evidence,
 ) -> tuple[tuple[int, int], bool, Fact]:
-    """(rows, columns) of the stored position embeddings, and whether they leave out the prefix.
+    """(rows, columns) of the stored positions, and whether they leave out the prefix tokens.
 
     A square count of positions is a square grid, with the prefix tokens' own positions or without.
     """
+    if "pos_embed" not in tensors and kind == "rope":
+        return _rope_grid(path, patch, evidence)
+    if "pos_embed" not in tensors and kind == "beit":
+        return _relative_grid(path, tensors, patch, evidence)
     positions = _shape(path, tensors, "pos_embed", 3)[1]
     counts = {positions - prefix: False, positions: prefix > 0}
+    if prefix and (left_out := evidence.find("no_embed_class")) is not None:
+        counts = {count: left for count, left in counts.items() if left == bool(left_out.value)}
 
     def from_size(size: Any, source: str) -> tuple[tuple[int, int], bool, Fact] | None:
         rows, columns = (side // p for side, p in zip(_pair(size), patch, strict=True))
@@ -259,6 +256,10 @@ def _grid(
                 f"{evidence.config['img_size']}, which its {positions} positions do not fit."
             )
         return found
+    # Other settings may be older than the weights, hence only count where they fit them.
+    saved = _saved_size(evidence)
+    if saved and (found := from_size(saved, evidence.saved_as)):
+        return found
     for count, no_embed_class in counts.items():
         side = math.isqrt(max(count, 0))
         if side and side * side == count:
@@ -272,88 +273,79 @@ def _grid(
     )
 
 
-def _resized(
+def _saved_size(evidence: Evidence) -> tuple[int, int] | None:
+    """(height, width) of the images, if the settings beside the weights state a possible one."""
+    size = evidence.stated.get("img_size")
+    sides = size if isinstance(size, list | tuple) else (size, size)
+    if len(sides) == 2 and all(type(side) is int and side > 0 for side in sides):
+        return sides[0], sides[1]
+    return None
+
+
+def _rope_grid(
+    path: Path, patch: list[int], evidence: Evidence
+) -> tuple[tuple[int, int], bool, Fact]:
+    """Rotary positions have no size of their own."""
+    fact = Fact(evidence.options.get("size"), "user")
+    if fact.value is None:
+        fact = Fact(_saved_size(evidence), evidence.saved_as)
+    if fact.value is None:
+        fact = evidence.assumption("img_size") or Fact((224, 224), ASSUMED)
+    sides = _pair(fact.value)
+    grid = (sides[0] // patch[0], sides[1] // patch[1])
+    if 0 in grid:
+        raise CheckpointError(
+            f"An image of {sides[0]}x{sides[1]} holds no patch of '{path}'; give its size as size=."
+        )
+    return grid, False, Fact(grid, fact.evidence, f"images of {sides[0]}x{sides[1]}")
+
+
+def _relative_grid(
+    path: Path, tensors: Mapping[str, Tensor], patch: list[int], evidence: Evidence
+) -> tuple[tuple[int, int], bool, Fact]:
+    """A table has (2 rows - 1) (2 columns - 1) offsets and three entries for the class token."""
+    key = next(key for key in tensors if key.endswith(RELATIVE_TABLE))
+    entries = _shape(path, tensors, key, 2)[0]
+    side = (math.isqrt(max(entries - 3, 0)) + 1) // 2
+    if (2 * side - 1) ** 2 + 3 == entries:
+        return (side, side), False, Fact((side, side), "tensor shape")
+    size = evidence.options.get("size")
+    if size is not None:
+        rows, columns = (side // p for side, p in zip(size, patch, strict=True))
+        if (2 * rows - 1) * (2 * columns - 1) + 3 == entries:
+            return (rows, columns), False, Fact((rows, columns), "user")
+    raise CheckpointError(
+        f"{key} in '{path}' has {entries} entries, those of no square grid: give the size it was "
+        "trained at as size=HxW."
+    )
+
+
+def _new_grid(
     stored: tuple[int, int], patch: list[int], size: tuple[int, int] | None
-) -> tuple[tuple[int, int], Fact]:
+) -> tuple[int, int]:
+    """(rows, columns) at the size that the user asks for."""
     if size is None:
-        return stored, Fact("as loaded", "tensor shape")
+        return stored
     if size[0] % patch[0] or size[1] % patch[1]:
         raise SourceError(
             f"size={size[0]}x{size[1]} is not a multiple of the model's patch, "
             f"{patch[0]}x{patch[1]} pixels."
         )
-    grid = (size[0] // patch[0], size[1] // patch[1])
-    if grid == stored:
-        return stored, Fact("as loaded", "tensor shape")
-    return grid, Fact(resized_text(stored, grid), "user", "from size")
+    return size[0] // patch[0], size[1] // patch[1]
 
 
-def resized_text(stored: tuple[int, int], grid: tuple[int, int]) -> str:
-    """How position embeddings were resized, in words."""
-    return f"resized bicubic antialiased from {stored[0]}x{stored[1]} to {grid[0]}x{grid[1]}"
-
-
-def _norm_eps(evidence: Evidence) -> Fact:
-    if "eps" in evidence.options:
-        return Fact(evidence.options["eps"], "user")
-    if evidence.config:
-        return Fact(evidence.config.get("norm_eps", 1e-6), "config")
-    return Fact(1e-6, ASSUMED, "timm's default")
-
-
-def _heads(
-    path: Path, tensors: Mapping[str, Tensor], width: int, depth: int, evidence: Evidence
+def _position_fact(
+    kind: Kind, stored: tuple[int, int], grid: tuple[int, int], antialias: bool
 ) -> Fact:
-    """The number of attention heads, from the strongest evidence there is."""
-    if "heads" in evidence.options:
-        fact = Fact(evidence.options["heads"], "user")
-        if width % fact.value:
-            raise SourceError(f"heads={fact.value} does not divide the width {width} of '{path}'.")
-        return fact
-    fact = (
-        _heads_from_file(tensors, width, depth, evidence)
-        or _heads_by_convention(width, evidence.dialect)
-        or Fact(0, ASSUMED)
-    )
-    if not fact.value or width % fact.value:
-        raise CheckpointError(
-            f"Nothing in '{path}' says how many attention heads share its width of {width}; "
-            "give the number as heads=N."
-        )
-    return fact
+    if grid == stored:
+        return Fact("as loaded", "tensor shape")
+    text = resized_text(stored, grid, antialias=antialias)
+    if kind == "beit":
+        text += "; relative ones by a geometric series, as BEiT's authors do"
+    return Fact(text, "user", "from size")
 
 
-def _heads_from_file(
-    tensors: Mapping[str, Tensor], width: int, depth: int, evidence: Evidence
-) -> Fact | None:
-    config, settings, dialect = evidence.config, evidence.settings, evidence.dialect
-    if isinstance(config.get("num_heads"), int):
-        return Fact(config["num_heads"], "config")
-    norm = tensors.get("blocks.0.attn.q_norm.weight")
-    if norm is not None and norm.ndim == 1 and 0 < norm.numel() < width:
-        return Fact(width // norm.numel(), "tensor shape", "width of q_norm")
-    for name in _HEAD_COUNTS:
-        if isinstance(settings.get(name), int) and settings[name] > 0:
-            return Fact(settings[name], "args", name)
-    name = architecture_name(settings)
-    if dialect.heads and name in dialect.heads:
-        return Fact(dialect.heads[name], "args", name)
-    model = name.partition(".")[0]
-    if model in timm.list_models():
-        with torch.random.fork_rng(devices=[]):
-            named = timm.create_model(model, pretrained=False)
-        blocks: Any = getattr(named, "blocks", ())
-        if isinstance(named, VisionTransformer) and (named.embed_dim, len(blocks)) == (
-            width,
-            depth,
-        ):
-            return Fact(blocks[0].attn.num_heads, "args", name)
-    return None
-
-
-def _heads_by_convention(width: int, dialect: Dialect) -> Fact | None:
-    if dialect.usual_heads and width in dialect.usual_heads:
-        return Fact(dialect.usual_heads[width], ASSUMED, f"the convention of {dialect.name}")
-    if width in _USUAL_HEADS:
-        return Fact(_USUAL_HEADS[width], ASSUMED, "timm's at this width")
-    return Fact(width // 64, ASSUMED, "64 channels a head") if width % 64 == 0 else None
+def resized_text(stored: tuple[int, int], grid: tuple[int, int], *, antialias: bool = True) -> str:
+    """How position embeddings were resized, in words."""
+    how = "bicubic antialiased" if antialias else "bicubic, not antialiased,"
+    return f"resized {how} from {stored[0]}x{stored[1]} to {grid[0]}x{grid[1]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,13 @@ from vitprobe.errors import CheckpointError, suggest
 from vitprobe.models.formats import DIALECTS, Branch, Dialect
 from vitprobe.models.inert import Inert, as_mapping
 
-# Every plain Vision Transformer has this tensor, so what stands before it is an encoder's prefix.
-_LANDMARK = "patch_embed.proj.weight"
-_SETTINGS = ("config", "cfg", "model_args", "hyper_parameters", "hparams", "args")
+_SETTINGS = (
+    *("preprocessor_config", "config", "cfg", "model_args", "hyper_parameters", "hparams", "args"),
+)
 _DEPTH = 3
+# Of an encoder that is a moving average of another, and of that other, under whatever name.
+_AVERAGED = re.compile(r"ema|teacher|momentum|target")
+_AVERAGES, _TRAINED = ("ema", "teacher", "momentum"), ("student",)
 
 
 def saved_settings(content: Any) -> dict[str, Any]:
@@ -49,10 +53,12 @@ def choose_branch(
 
     Raises CheckpointError where the file holds no Vision Transformer, or not the one wanted.
     """
-    branches = list(_find(content))
-    if not branches:
+    for dialect in DIALECTS:
+        branches = list(_find(content, dialect.landmark))
+        if branches and dialect.recognise(branches, settings):
+            break
+    else:
         raise CheckpointError(f"'{path}' {_no_transformer(content)}")
-    dialect = next(known for known in DIALECTS if known.recognise(branches, settings))
     named: dict[str, Branch] = {}
     for branch in branches:
         name = branch.name if branch.name not in named else f"{branch.container}:{branch.prefix}"
@@ -78,22 +84,30 @@ def _called(path: Path, wanted: str, named: Mapping[str, Branch]) -> str:
     for name, branch in named.items():
         if wanted in (name, branch.container, branch.prefix.rstrip(".")):
             return name
+    if wanted in _AVERAGES + _TRAINED:
+        alike = [name for name in named if wanted in name.lower()] or [
+            name for name in named if (wanted in _AVERAGES) == bool(_AVERAGED.search(name.lower()))
+        ]
+        if len(alike) == 1:
+            return alike[0]
     raise CheckpointError(
         f"'{path}' has no branch '{wanted}'; it holds {', '.join(named)}.{suggest(wanted, named)}"
     )
 
 
-def _find(content: Any, container: str = "", depth: int = _DEPTH) -> Iterator[Branch]:
+def _find(
+    content: Any, landmark: str, container: str = "", depth: int = _DEPTH
+) -> Iterator[Branch]:
     if not isinstance(content, Mapping):
         return
     tensors = _tensors(content)
     for key in tensors:
-        if key == _LANDMARK or key.endswith(f".{_LANDMARK}"):
-            yield Branch(container, key.removesuffix(_LANDMARK), tensors)
+        if key == landmark or key.endswith(f".{landmark}"):
+            yield Branch(container, key.removesuffix(landmark), tensors)
     if depth:
         for key, value in content.items():
             if isinstance(key, str):
-                yield from _find(value, f"{container}.{key}".lstrip("."), depth - 1)
+                yield from _find(value, landmark, f"{container}.{key}".lstrip("."), depth - 1)
 
 
 def _tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
@@ -112,7 +126,7 @@ def _no_transformer(content: Any) -> str:
         return "holds no tensors under names; save the model's state_dict() instead."
     return (
         f"holds no Vision Transformer that vitprobe knows: none of its {len(keys)} tensors "
-        f"({', '.join(keys[:3])}, …) is a '{_LANDMARK}'."
+        f"({', '.join(keys[:3])}, …) is a '{DIALECTS[-1].landmark}' or its like in other dialects."
     )
 
 

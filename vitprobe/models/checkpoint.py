@@ -1,10 +1,10 @@
 """Read a checkpoint file without executing anything in it.
 
-Two containers are understood: safetensors, and files of `torch.save` (the zip archive of
-torch >= 1.6 and the pickle stream before it). Pickles are read by an unpickler that knows how to
-rebuild tensors and ordered dictionaries and turns every other object into an inert stub: a stub
-keeps the state it was given, so that `args` saved beside the weights can still be read, and does
-nothing.
+Three containers are understood: safetensors, files of `torch.save` (the zip archive of
+torch >= 1.6 and the pickle stream before it), and numpy's `.npz` without pickled objects. Pickles
+are read by an unpickler that knows how to rebuild tensors and ordered dictionaries and turns every
+other object into an inert stub: a stub keeps the state it was given, so that `args` saved beside
+the weights can still be read, and does nothing. Folders are `vitprobe.models.folders`'.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 class CheckpointFile:
     """What a file holds.
 
-    container: "safetensors", "torch zip" or "torch legacy".
+    container: "safetensors", "torch zip", "torch legacy", "npz" or "folder".
     content: the saved object: nested containers, tensors, and `Inert` stubs.
     metadata: the safetensors header's strings; empty for the other containers.
-    sha256: of the whole file.
+    sha256: of the whole file; of a folder see `vitprobe.models.folders.read_folder`.
     """
 
     path: Path
@@ -76,7 +76,7 @@ def _read(path: Path, stream: BufferedReader, head: bytes) -> tuple[str, Any, di
         raise CheckpointError(f"'{path}' is empty.")
     try:
         if head.startswith(b"PK"):
-            return "torch zip", _read_zip(path, stream), {}
+            return *_read_zip(path, stream), {}
         if path.suffix == ".safetensors" or head[8:9] == b"{":
             return "safetensors", *_read_safetensors(path)
         if head.startswith(b"\x80"):
@@ -88,7 +88,8 @@ def _read(path: Path, stream: BufferedReader, head: bytes) -> tuple[str, Any, di
             f"'{path}' is a damaged or truncated checkpoint ({_first_line(error)})."
         ) from error
     raise CheckpointError(
-        f"'{path}' is not a checkpoint: it is neither a safetensors file nor one of torch.save."
+        f"'{path}' is not a checkpoint: it is neither a safetensors file, nor one of torch.save, "
+        "nor an npz archive."
     )
 
 
@@ -108,7 +109,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
-def _read_zip(path: Path, stream: BufferedReader) -> Any:
+def _read_zip(path: Path, stream: BufferedReader) -> tuple[str, Any]:
     try:
         archive = zipfile.ZipFile(stream)
     except zipfile.BadZipFile:
@@ -122,9 +123,17 @@ def _read_zip(path: Path, stream: BufferedReader) -> Any:
                 f"'{path}' is a TorchScript archive, which holds code; save the model's "
                 "state_dict() instead."
             )
+        # Neither torch.save nor numpy.savez compresses: refusing what is compressed keeps out
+        # archives that explode.
+        compressed = any(entry.compress_type for entry in archive.infolist())
+        if names and all(name.endswith(".npy") for name in names):
+            if compressed:
+                raise CheckpointError(
+                    f"'{path}' is a compressed npz archive; save it with numpy.savez instead."
+                )
+            return "npz", {_npz_key(name): _array(path, archive, name) for name in names}
         pickles = [name for name in names if name.endswith("/data.pkl")]
-        # torch.save never compresses: refusing what is compressed keeps out archives that explode.
-        if not pickles or any(entry.compress_type for entry in archive.infolist()):
+        if not pickles or compressed:
             raise CheckpointError(
                 f"'{path}' is a zip archive, but not a checkpoint of torch.save; unpack it first."
             )
@@ -140,7 +149,32 @@ def _read_zip(path: Path, stream: BufferedReader) -> Any:
             raw.numpy()[:] = np.frombuffer(data, np.uint8)
             return Storage(raw, dtype)
 
-        return Unpickler(BytesIO(archive.read(f"{root}data.pkl")), load_storage).load()
+        return "torch zip", Unpickler(BytesIO(archive.read(f"{root}data.pkl")), load_storage).load()
+
+
+def _npz_key(name: str) -> str:
+    """Flax separates the parts of a name by "/", where torch has "."."""
+    return name.removesuffix(".npy").replace("/", ".")
+
+
+def _array(path: Path, archive: zipfile.ZipFile, name: str) -> Tensor:
+    data = BytesIO(archive.read(name))
+    shape, fortran, dtype = _array_header(data)
+    if dtype.hasobject:
+        raise CheckpointError(
+            f"'{path}' holds Python objects as '{name}'; save plain arrays, with numpy.savez."
+        )
+    values = np.frombuffer(data.read(), dtype)
+    array = values.reshape(shape, order="F" if fortran else "C")
+    if array.dtype == np.dtype("V2"):  # how numpy writes JAX's bfloat16
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
+
+
+def _array_header(data: BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(data)
+    read = np.lib.format.read_array_header_1_0
+    return (read if version == (1, 0) else np.lib.format.read_array_header_2_0)(data)
 
 
 def _read_legacy(path: Path, stream: BufferedReader) -> Any:

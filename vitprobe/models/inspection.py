@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final, TypeVar
 
+from vitprobe.models.anatomy import Layout, Site
 from vitprobe.models.model import Model
+from vitprobe.sites import in_words, kind_of, refusals, remarks
 
-_SHOWN = 3
+_SHOWN: Final = 3
+# Measures whose refusals are told: one that asks for nothing, and one that asks for places.
+_ASKED: Final = ("attention_distance", "attention_entropy")
 
 
 def describe_text(model: Model) -> str:
@@ -32,6 +36,7 @@ def describe_text(model: Model) -> str:
         ("Architecture and evidence", _table(facts)),
         ("Weights", _table(_weights(model, described["nonfinite"]))),
         ("Layers to capture", _table(_layers(model))),
+        ("Attention layers", _table(_attention(model))),
     ]
     return "\n\n".join(f"{title}\n{body}" for title, body in sections if body)
 
@@ -54,17 +59,78 @@ def _weights(model: Model, nonfinite: Sequence[str]) -> list[tuple[str, str]]:
 def _layers(model: Model) -> list[tuple[str, str]]:
     anatomy = model.anatomy
     depth = len(anatomy.blocks)
-    final = anatomy.final_norm or "none"
+    final = anatomy.final_norm or f"output of {anatomy.blocks[-1]}"
     rows = [
         ("normed", f"0 to {depth - 1}: {anatomy.norms[0]} to {anatomy.norms[-1]}; {depth}: {final}")
-        if anatomy.pre_norm
-        else ("normed", "none: the blocks have no norm before their attention"),
+        if anatomy.normed
+        else ("normed", "none: not every block has a norm before its attention"),
         ("residual", f"0: input of {anatomy.blocks[0]}; 1 to {depth}: output of each block"),
-        ("attention", f"{anatomy.attentions[0]} to {anatomy.attentions[-1]}"),
     ]
+    layouts = anatomy.normed or anatomy.residual
+    rows += [("tokens", f"{where}: {_tokens(layout)}") for where, layout in _runs(layouts)]
     if anatomy.final_norm_pooled:
         rows.append(("note", f"{final} follows the pooling in the model; it is read per token"))
     return rows
+
+
+def _tokens(layout: Layout) -> str:
+    prefix = f"{_count(layout.prefix_tokens, 'prefix token')} and " if layout.prefix_tokens else ""
+    if layout.grid is None or layout.patch_size is None:
+        patches = f"{layout.patches} tokens, where in the image is not known"
+    else:
+        rows, columns = layout.grid
+        height, width = layout.patch_size
+        patches = f"{rows}x{columns} patches of {height:g}x{width:g} pixels"
+    return f"{prefix}{patches}, width {layout.width}"
+
+
+def _attention(model: Model) -> list[tuple[str, str]]:
+    anatomy = model.anatomy
+    if not anatomy.sites:
+        return [("none", anatomy.no_attention)]
+    rows: list[tuple[str, str]] = []
+    first = 0
+    for where, form in _runs([_form(site) for site in anatomy.sites]):
+        last = int(where.rpartition(" ")[2])
+        paths = dict.fromkeys((anatomy.sites[first].path, anatomy.sites[last].path))
+        rows.append((where, f"{' to '.join(paths)}: {form}"))
+        first = last + 1
+    rows += [("refused", in_words([refusal])) for refusal in refusals(anatomy, _ASKED)]
+    rows += [("note", remark) for remark in remarks(anatomy)]
+    return rows
+
+
+def _form(site: Site) -> str:
+    """What attends to what in an attention layer."""
+    windows = "" if site.windows == 1 else f", {site.windows} windows"
+    masked = "" if site.allowed is None else ", masked"
+    queries, keys = (
+        counted + (f" ({prefix} prefix)" if prefix else "")
+        for counted, prefix in (
+            (_count(site.queries, "query", "queries"), site.query_prefix),
+            (_count(site.keys, "key"), site.key_prefix),
+        )
+    )
+    shape = f"{_count(site.heads, 'head')}{windows} of {queries} to {keys}{masked}"
+    return f"{kind_of(site)}, {shape}"
+
+
+Shown = TypeVar("Shown")
+
+
+def _runs(values: Sequence[Shown]) -> list[tuple[str, Shown]]:
+    """("0 to 3", value) of each run of equal values."""
+    runs: list[tuple[str, Shown]] = []
+    first = 0
+    for i, value in enumerate(values):
+        if i + 1 == len(values) or values[i + 1] != value:
+            runs.append((str(i) if i == first else f"{first} to {i}", value))
+            first = i + 1
+    return runs
+
+
+def _count(number: int, noun: str, several: str = "") -> str:
+    return f"{number} {noun if number == 1 else several or f'{noun}s'}"
 
 
 def _keys(keys: Sequence[str]) -> str:
@@ -76,7 +142,8 @@ def _plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, tuple | list):
-        return ", ".join(_plain(part) for part in value)
+        nested = any(isinstance(part, tuple | list) for part in value)
+        return ("; " if nested else ", ").join(_plain(part) for part in value)
     return str(value)
 
 

@@ -5,25 +5,37 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vitprobe.errors import CaptureError, CheckpointError, SourceError
-from vitprobe.models.anatomy import find_anatomy, find_input_size
-from vitprobe.models.architecture import Architecture, Evidence, infer_architecture
+from vitprobe.models.architecture import infer_architecture
 from vitprobe.models.branches import choose_branch, saved_settings
-from vitprobe.models.checkpoint import CheckpointFile, read_checkpoint
-from vitprobe.models.filling import encoder_tensors, fill
-from vitprobe.models.model import Fact, Model, module_facts, statistics_facts
+from vitprobe.models.checkpoint import CheckpointFile
+from vitprobe.models.discovery import find_anatomy, find_input_size
+from vitprobe.models.evidence import find_evidence
+from vitprobe.models.filling import fill, fit, read_encoder
+from vitprobe.models.folders import read_saved
+from vitprobe.models.huggingface_models import load_huggingface
+from vitprobe.models.inert import as_mapping
+from vitprobe.models.model import ASSUMED, Fact, Model, module_facts, statistics_facts
 from vitprobe.models.sources import ModelSpec, parse_spec, read_option
 from vitprobe.models.timm_models import configured_statistics, load_timm
+from vitprobe.models.torchvision_models import load_torchvision
 
 RUN_ENCODER = "encoder.safetensors"
-_SUFFIXES = re.compile(r"(\.(pth|pt|bin|ckpt|tar|safetensors))+$")
+_LIBRARIES = {
+    "timm": load_timm,
+    "init": load_timm,
+    "hf": load_huggingface,
+    "init_hf": load_huggingface,
+    "torchvision": load_torchvision,
+    "init_torchvision": load_torchvision,
+}
+_SUFFIXES = re.compile(r"(\.(pth|pt|bin|ckpt|tar|safetensors|npz))+$")
 
 
 def load(
@@ -33,22 +45,25 @@ def load(
     heads: int | None = None,
     **options: Any,
 ) -> Model:
-    """Load a model from a spec: "path/to/file", "run:DIR", "timm:NAME", "init:NAME".
+    """Load a model from a spec: "path/to/file", "path/to/saved/folder", "run:DIR", "timm:NAME",
+    "hf:FOLDER_OR_REPOSITORY", "torchvision:NAME", "init:NAME".
 
-    "init:path/to/file" takes only the architecture from a checkpoint file and draws the weights.
+    "init:" before any of them takes only the architecture and draws the weights; "init:NAME" is a
+    timm model.
 
     Options follow the source in the spec ("mae.pth,heads=12,branch=ema,size=224") or come as
-    keywords, which win. `heads`, `branch` (which encoder of a file that holds several) and `eps`
-    (of LayerNorm) are for files; `seed` is for init; `size`, `mean` and `std` are for all.
+    keywords, which win. `heads`, `branch` (which encoder of a file that holds several), `eps`
+    (of LayerNorm) and `activation` are for files; `seed` is for init; `size`, `mean` and `std` are
+    for all.
     The name defaults to the file's, the run's or the architecture's.
 
     Raises SourceError for a spec that names nothing loadable, CheckpointError for a file that
-    cannot be read or does not fill a Vision Transformer, and CaptureError for a timm model that is
-    no plain Vision Transformer. Nothing in a checkpoint file is executed.
+    cannot be read or does not fill a Vision Transformer, and CaptureError for a model that cannot
+    be probed. Nothing in a checkpoint file is executed.
     """
     parsed = parse_spec(os.fspath(spec), heads=heads, **options)
-    if parsed.kind in ("timm", "init"):
-        return load_timm(parsed, name)
+    if parsed.kind in _LIBRARIES:
+        return _LIBRARIES[parsed.kind](parsed, name)
     path = Path(parsed.target)
     if parsed.kind == "run":
         name = name or path.resolve().name
@@ -71,12 +86,17 @@ def wrap(
     input_size: tuple[int, int, int] | None = None,
     mean: float | Iterable[float] | None = None,
     std: float | Iterable[float] | None = None,
+    blocks: Sequence[str] = (),
 ) -> Model:
-    """Describe a live module of timm's VisionTransformer kind, so that it can be compared.
+    """Describe a live module of any family that takes images, so that it can be compared.
 
     The module itself is kept, not a copy: it is put in eval mode and otherwise left as it is, on
-    its own device. `input_size` is (channels, height, width), by default what its patch embedding
-    names; `mean` and `std` default to its `pretrained_cfg`, else to ImageNet's, as assumed.
+    its own device; of one that `torch.compile` made, the module that it was made from. It is run a
+    few times on noise, which shows its layers and its attention, unless it is plainly a Vision
+    Transformer of timm's. `input_size` is (channels, height, width), by default what the module
+    itself or its config names; `mean` and `std` default to its `pretrained_cfg`, else to
+    ImageNet's, as assumed. `blocks` names the modules whose outputs are its layers, in order, where
+    they are not to be found out.
 
     Raises CaptureError, naming what was not found, for a module that cannot be probed.
     """
@@ -89,9 +109,10 @@ def wrap(
             f"input_size={input_size} of '{name}' is not (channels, height, width), such as "
             "(3, 224, 224)."
         )
+    module = getattr(module, "_orig_mod", module)
     module.eval()
     input_size = input_size or find_input_size(module)
-    anatomy = find_anatomy(module, input_size)
+    anatomy = find_anatomy(module, input_size, blocks)
     configured = configured_statistics(module, input_size[0])
     given = {
         option: None if values is None else read_option(option, values, f"wrap of '{name}'")
@@ -118,25 +139,35 @@ def wrap(
 
 
 def _load_file(path: Path, spec: ModelSpec, name: str) -> Model:
-    file = read_checkpoint(path)
+    file = read_saved(path)
     described = _own_metadata(file)
     settings = saved_settings(file.content)
     choice = choose_branch(path, file.content, settings, spec.options.get("branch"))
-    tensors = encoder_tensors(choice)
-    architecture = infer_architecture(
+    encoder = read_encoder(path, choice)
+    evidence = find_evidence(
         path,
-        tensors,
-        Evidence(spec.options, described.get("architecture", {}), settings, choice.dialect),
+        choice.dialect,
+        encoder.renamed,
+        options=spec.options,
+        config=described.get("architecture", {}),
+        settings=settings,
+        saved_as="config" if "config" in as_mapping(file.content) else "args",
     )
+    architecture = infer_architecture(path, encoder.tensors, evidence)
+    tensors = fit(path, encoder, architecture)
     fresh = spec.kind == "init_file"
-    module = _build(path, architecture, spec.options.get("seed", 0) if fresh else None)
+    module = architecture.build(spec.options.get("seed", 0) if fresh else None)
+    module.eval().requires_grad_(False)
     input_size = (architecture.arguments["in_chans"], *architecture.arguments["img_size"])
     channels = input_size[0]
     mean, std = (
         [
             ("user", spec.options.get(key)),
             ("config", described.get(key)),
-            ("args", _numbers(settings.get(key), channels)),
+            (evidence.saved_as, _numbers(evidence.stated.get(key), channels)),
+            (evidence.saved_as, _numbers(settings.get(key), channels)),
+            ("dialect", _numbers(choice.dialect.fixed.get(key), channels)),
+            (ASSUMED, _numbers(choice.dialect.usual.get(key), channels)),
         ]
         for key in ("mean", "std")
     )
@@ -145,7 +176,8 @@ def _load_file(path: Path, spec: ModelSpec, name: str) -> Model:
         facts["position_embedding"] = Fact("random", "timm")
         report = sha256 = training = None
     else:
-        report = fill(path, module, architecture, choice, "vitprobe" if described else None)
+        name_of_dialect = "vitprobe" if described else choice.dialect.name
+        report = fill(path, module, tensors, encoder, choice, name_of_dialect)
         sha256, training = file.sha256, _training(described)
     return Model(
         name=name,
@@ -183,16 +215,6 @@ def _own_metadata(file: CheckpointFile) -> dict[str, Any]:
 
 
 def _numbers(value: Any, channels: int) -> list[float] | None:
-    """A saved mean or std, if it is one number a channel."""
-    fits = isinstance(value, list | tuple) and len(value) == channels
+    """A mean or std of the file or its dialect, if it is one number a channel, or one for all."""
+    fits = isinstance(value, list | tuple) and len(value) in (1, channels)
     return list(value) if fits and all(isinstance(number, float) for number in value) else None
-
-
-def _build(path: Path, architecture: Architecture, seed: int | None) -> VisionTransformer:
-    try:
-        return architecture.build(seed).eval().requires_grad_(False)
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"The tensors of '{path}' describe no Vision Transformer that timm can build: "
-            f"{(str(error).strip() or type(error).__name__).splitlines()[0]}"
-        ) from error

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ ASSUMED = "assumed"
 class Fact:
     """One architectural fact and where it came from.
 
-    evidence: "tensor shape", "config", "args", "user", "timm", "module" or "assumed".
+    evidence: "tensor shape", "config", "args", "dialect", "user", "timm", "torchvision", "module"
+        or "assumed".
     note: what the evidence says in detail, such as the convention behind an assumption.
     """
 
@@ -85,7 +87,9 @@ class Model:
 
     def __repr__(self) -> str:
         facts = ", ".join(
-            f"{name} {self.facts[name].value}" for name in ("width", "depth", "heads")
+            f"{name} {self.facts[name].value}"
+            for name in ("width", "depth", "heads")
+            if name in self.facts
         )
         size = "x".join(map(str, self.input_size))
         return f"Model('{self.name}' from '{self.spec}': {facts}, input {size})"
@@ -159,22 +163,32 @@ def _statistic(name: str, channels: int, claims: Claims, imagenet: Sequence[floa
 
 
 def module_facts(module: nn.Module, anatomy: Anatomy, evidence: str) -> dict[str, Fact]:
-    """What a live module says of itself, all under one kind of evidence."""
+    """What a live module says of itself, or was seen of it, all under one kind of evidence.
+
+    What differs between its layers is a tuple, one value a stage; what is not known is left out.
+    """
     block = module.get_submodule(anatomy.blocks[0])
     mlp = getattr(block, "mlp", None)
     hidden = getattr(getattr(mlp, "fc1", None), "out_features", None)
     activation = getattr(mlp, "act", None)
-    norm = getattr(block, "norm1", None)
+    norm = module.get_submodule(anatomy.norms[0]) if anatomy.norms[0] else None
+    layers = anatomy.residual
     values = {
-        "width": anatomy.width,
+        "width": _by_stage(layer.width for layer in layers),
         "depth": len(anatomy.blocks),
-        "heads": anatomy.heads[0] if len(set(anatomy.heads)) == 1 else anatomy.heads,
-        "patch_size": anatomy.patch_size,
-        "grid": anatomy.grid,
-        "prefix_tokens": anatomy.prefix_tokens,
+        "heads": _by_stage(anatomy.heads),
+        "patch_size": _by_stage(layer.patch_size for layer in layers),
+        "grid": _by_stage(layer.grid for layer in layers),
+        "prefix_tokens": _by_stage(layer.prefix_tokens for layer in layers),
         "mlp_ratio": hidden / anatomy.width if hidden else None,
-        "norm_eps": getattr(norm, "eps", None),
+        "norm_eps": getattr(norm, "eps", getattr(norm, "variance_epsilon", None)),
         "activation": type(activation).__name__ if activation is not None else None,
         "final_norm": anatomy.final_norm,
     }
     return {name: Fact(value, evidence) for name, value in values.items() if value is not None}
+
+
+def _by_stage(values: Iterable[Any]) -> Any:
+    """The value that all layers share, or else one a stage; None where nothing is known."""
+    stages = [value for value, _ in groupby(values)]
+    return tuple(stages) if len(stages) > 1 else next(iter(stages), None)

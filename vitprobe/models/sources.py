@@ -2,10 +2,13 @@
 
 A spec is `SOURCE[,option=value…]`, where SOURCE is one of
 
-- `path/to/checkpoint`: a file in any dialect of `vitprobe.models.formats`
+- `path/to/checkpoint`: a file, or a saved folder, in any dialect of `vitprobe.models.formats`
 - `run:DIR`: the encoder that `vitprobe pretrain` left in DIR
 - `timm:NAME`: a timm model with its published weights
-- `init:NAME` or `init:path/to/checkpoint`: the same architecture with random weights
+- `hf:FOLDER_OR_REPOSITORY`: a model of transformers, run by that library
+- `torchvision:NAME`: a torchvision model with its published weights
+- `init:NAME`, `init:path/to/checkpoint`, `init:hf:…` or `init:torchvision:NAME`: the same
+  architecture with random weights
 """
 
 from __future__ import annotations
@@ -19,19 +22,21 @@ from typing import Any
 
 from vitprobe.errors import SourceError, suggest
 
-_LATER = ("hf", "torchvision")
-_PREFIXES = ("file", "run", "timm", "init")
-# Of a file: its architecture is read and its weights are not.
+LIBRARIES = ("hf", "torchvision")
+_PREFIXES = ("file", "run", "timm", *LIBRARIES, "init")
+# With random weights: of a timm model, a file, and the models of the libraries.
+RANDOM = ("init", "init_file", *(f"init_{library}" for library in LIBRARIES))
 _FILES = ("file", "run", "init_file")
-_KINDS = (*_PREFIXES, "init_file")
+_KINDS = ("file", "run", "timm", *LIBRARIES, *RANDOM)
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     """Where a model comes from.
 
-    kind: "file", "run", "timm", "init" (of a timm name) or "init_file" (of a checkpoint's).
-    target: path of a file or run directory, or a timm model name.
+    kind: "file", "run", "timm", "hf", "torchvision", or with random weights "init" (of a timm
+        name), "init_file" (of a checkpoint's), "init_hf" or "init_torchvision".
+    target: path of a file, folder or run directory, or the name of a model or repository.
     options: validated values of the options that were given (`OPTIONS` lists them).
     text: the spec as it was written.
     """
@@ -45,16 +50,16 @@ class ModelSpec:
 def parse_spec(text: str, **options: Any) -> ModelSpec:
     """Read a spec string; keyword `options` win over those in the string, None leaves them be.
 
-    A text that as a whole, or behind "init:", names an existing file is that file, commas and all.
+    A text that as a whole, or behind "init:", names an existing file or folder is that, commas and
+    all.
 
     Raises SourceError for an empty spec, a source or option that does not exist (the nearest is
     suggested), one that does not apply to this kind of source, and a value that cannot be read.
     """
     text = text.strip()
-    target, *pieces = [text] if Path(text.removeprefix("init:")).is_file() else text.split(",")
+    whole = text and _exists(text.removeprefix("init:"))
+    target, *pieces = [text] if whole else text.split(",")
     kind, target = _split_kind(target.strip(), text)
-    if kind == "init" and Path(target).is_file():
-        kind = "init_file"
     written = [_split_option(piece, text) for piece in pieces]
     given = dict(written)
     for name in given:
@@ -66,24 +71,35 @@ def parse_spec(text: str, **options: Any) -> ModelSpec:
 
 def _split_kind(source: str, text: str) -> tuple[str, str]:
     prefix, colon, target = source.partition(":")
-    if colon and prefix in _LATER:
-        raise SourceError(
-            f"'{prefix}:' in '{text}' is not supported yet; give a timm model or a checkpoint file."
-        )
     # A Windows drive is one letter, and a path may hold a colon: neither is a misspelt source.
     if colon and prefix not in _PREFIXES and re.fullmatch(r"[A-Za-z]\w+", prefix):
         raise SourceError(
-            f"'{prefix}:' in '{text}' is no source of models; use timm:NAME, init:NAME, run:DIR or "
-            f"the path of a checkpoint file.{suggest(prefix, _PREFIXES)}"
+            f"'{prefix}:' in '{text}' is no source of models; use timm:NAME, hf:NAME, "
+            "torchvision:NAME, init:NAME, run:DIR or the path of a checkpoint file."
+            f"{suggest(prefix, _PREFIXES)}"
         )
     if not colon or prefix not in _PREFIXES:
         prefix, target = "file", source
+    if prefix == "init":
+        library, _, rest = target.partition(":")
+        if library in LIBRARIES:
+            prefix, target = f"init_{library}", rest
+        elif target and _exists(target):
+            prefix = "init_file"
     if not target:
         raise SourceError(
-            f"The model spec '{text}' names no model; give timm:NAME, init:NAME, run:DIR or the "
-            "path of a checkpoint file."
+            f"The model spec '{text}' names no model; give timm:NAME, hf:NAME, torchvision:NAME, "
+            "init:NAME, run:DIR or the path of a checkpoint file."
         )
     return prefix, target
+
+
+def _exists(path: str) -> bool:
+    """Whether a path is that of a file, or of a folder that a model was saved in."""
+    try:
+        return Path(path).is_file() or (Path(path) / "config.json").is_file()
+    except (OSError, ValueError):  # too long a name, or a null byte
+        return False
 
 
 def _split_option(piece: str, text: str) -> tuple[str, str]:
@@ -195,5 +211,6 @@ OPTIONS = {
         _positive_channels, "a number above 0, or one a channel such as 0.23/0.22/0.22", _KINDS
     ),
     "eps": Option(_positive, "a LayerNorm epsilon such as 1e-6", _FILES),
-    "seed": Option(_whole, "a seed (an integer from 0)", ("init", "init_file")),
+    "activation": Option(_name, "the name of an activation such as quick_gelu", _FILES),
+    "seed": Option(_whole, "a seed (an integer from 0)", RANDOM),
 }

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import threading
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +15,14 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from vitprobe.errors import SourceError, suggest
-from vitprobe.models.anatomy import find_anatomy, find_input_size
+from vitprobe.models import hub
+from vitprobe.models.anatomy import Anatomy
 from vitprobe.models.architecture import resized_text
+from vitprobe.models.discovery import find_anatomy, find_input_size
 from vitprobe.models.model import Fact, LoadReport, Model, module_facts, statistics_facts
 from vitprobe.models.sources import ModelSpec
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-# Seconds: of a try to connect, and of all the waiting (name resolution knows no timeout).
-_CONNECT, _WAIT = 3.0, 5.0
 
 
 def load_timm(spec: ModelSpec, name: str | None) -> Model:
@@ -36,9 +32,9 @@ def load_timm(spec: ModelSpec, name: str | None) -> Model:
     Random weights are timm's initialisation under `seed` (default 0); the global random state stays
     as it is.
 
-    Raises SourceError for an unknown name, a model without published weights or that takes no
-    `size`, and, within 10 s, where the weights are not cached and the hub cannot be reached or
-    HF_HUB_OFFLINE is set; CaptureError for a model that is no plain Vision Transformer.
+    Raises SourceError for an unknown name, a model without published weights or that cannot be made
+    for the `size`, and, within 10 s, where the weights are not cached and the hub cannot be reached
+    or HF_HUB_OFFLINE is set; CaptureError for a model that cannot be probed.
     """
     _check_name(spec.target)
     pretrained = spec.kind == "timm"
@@ -48,7 +44,7 @@ def load_timm(spec: ModelSpec, name: str | None) -> Model:
     input_size = _input_size(module, size)
     # Before any download: not every timm model can be probed.
     anatomy = find_anatomy(module, input_size)
-    if size and any(side % patch for side, patch in zip(size, anatomy.patch_size, strict=True)):
+    if size and anatomy.plain and not _divides(anatomy, size):
         raise SourceError(
             f"size={size[0]}x{size[1]} in '{spec.text}' is not a multiple of the model's patch, "
             f"{anatomy.patch_size[0]:g}x{anatomy.patch_size[1]:g} pixels."
@@ -61,7 +57,7 @@ def load_timm(spec: ModelSpec, name: str | None) -> Model:
     mean, std = configured_statistics(module, input_size[0])
     facts = {
         **module_facts(module, anatomy, "timm"),
-        "position_embedding": _position_fact(module, anatomy.grid, size, pretrained),
+        "position_embedding": _position_fact(module, anatomy.residual[0].grid, size, pretrained),
         **statistics_facts(
             input_size[0],
             mean=[("user", spec.options.get("mean")), ("timm", mean)],
@@ -111,7 +107,9 @@ def _check_name(target: str) -> None:
 def _create(
     spec: ModelSpec, seed: int, size: tuple[int, int] | None, weights: Path | None = None
 ) -> nn.Module:
-    arguments: dict[str, Any] = {} if size is None else {"img_size": size}
+    arguments: dict[str, Any] = {}
+    if size is not None and _takes_size(spec.target):
+        arguments["img_size"] = size
     if weights is not None:
         arguments["pretrained_cfg_overlay"] = {"file": str(weights)}
     try:
@@ -126,21 +124,33 @@ def _create(
     return module.eval().float().requires_grad_(False)
 
 
+def _takes_size(target: str) -> bool:
+    """Whether timm makes the model for one input size; others run on any."""
+    config = get_pretrained_cfg(target, allow_unregistered=True)
+    return config is None or config.fixed_input_size
+
+
+def _divides(anatomy: Anatomy, size: tuple[int, int]) -> bool:
+    return all(
+        count * patch == side
+        for count, patch, side in zip(anatomy.grid, anatomy.patch_size, size, strict=True)
+    )
+
+
 def _input_size(module: nn.Module, size: tuple[int, int] | None) -> tuple[int, int, int]:
-    configured = (getattr(module, "pretrained_cfg", None) or {}).get("input_size")
-    if configured is None:
-        return find_input_size(module)
-    channels, height, width = configured
+    channels, height, width = find_input_size(module)
     return (channels, *size) if size else (channels, height, width)
 
 
 def _position_fact(
-    module: nn.Module, grid: tuple[int, int], size: tuple[int, int] | None, pretrained: bool
+    module: nn.Module, grid: tuple[int, int] | None, size: tuple[int, int] | None, pretrained: bool
 ) -> Fact:
     if getattr(module, "pos_embed", None) is None:
         return Fact("none added to the tokens", "timm")
     if not pretrained:
         return Fact("random", "timm")
+    if grid is None:
+        return Fact("as loaded", "timm")
     config: Any = module.pretrained_cfg
     _, height, width = config["input_size"]
     patch = [side / count for side, count in zip(size or (height, width), grid, strict=True)]
@@ -168,9 +178,9 @@ def _fetch(spec: ModelSpec) -> Path:
         if isinstance(cached, str):
             return Path(cached)
     missing = f"The weights of '{spec.target}' ({repository}) are not in the local cache and"
-    if _offline():
+    if hub.is_offline():
         raise SourceError(f"{missing} HF_HUB_OFFLINE forbids downloading them; unset it once.")
-    if reason := _unreachable(constants.ENDPOINT):
+    if reason := hub.unreachable(constants.ENDPOINT):
         raise SourceError(
             f"{missing} {constants.ENDPOINT} cannot be reached ({reason}); connect once, or give "
             "the path of a checkpoint file."
@@ -183,27 +193,3 @@ def _fetch(spec: ModelSpec) -> Path:
         raise SourceError(
             f"{missing} cannot be downloaded: {(str(error).strip() or 'no reply').splitlines()[0]}"
         ) from error
-
-
-def _offline() -> bool:
-    stated = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    return stated or constants.HF_HUB_OFFLINE
-
-
-def _unreachable(url: str) -> str | None:
-    """Why a host does not answer, within seconds; None where it does. Any HTTP status is one."""
-    outcome: list[str | None] = []
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_CONNECT)
-            outcome.append(None)
-        except urllib.error.HTTPError:
-            outcome.append(None)
-        except (OSError, ValueError) as error:
-            outcome.append(str(getattr(error, "reason", error)))
-
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(_WAIT)
-    return outcome[0] if outcome else "no answer"

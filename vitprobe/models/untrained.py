@@ -8,7 +8,7 @@ from typing import Any
 from vitprobe.errors import SourceError
 from vitprobe.models.loading import RUN_ENCODER, load
 from vitprobe.models.model import Model
-from vitprobe.models.sources import parse_spec
+from vitprobe.models.sources import LIBRARIES, RANDOM, parse_spec
 
 # What decides over an encoder and cannot be seen in the shapes of its tensors.
 _FACTS = ("heads", "norm_eps", "activation")
@@ -16,7 +16,7 @@ _FACTS = ("heads", "norm_eps", "activation")
 
 def is_untrained(model: Model) -> bool:
     """Whether a model was loaded with random weights."""
-    return model.spec != "module" and parse_spec(model.spec).kind in ("init", "init_file")
+    return model.spec != "module" and parse_spec(model.spec).kind in RANDOM
 
 
 def untrained(model: Model, name: str) -> Model:
@@ -31,11 +31,14 @@ def untrained(model: Model, name: str) -> Model:
     options: dict[str, Any] = {"size": model.input_size[1:], "mean": model.mean, "std": model.std}
     target = spec.target if spec.kind != "run" else str(Path(spec.target) / RUN_ENCODER)
     if spec.kind in ("file", "run", "init_file"):
-        if not Path(target).is_file():
+        if not Path(target).exists():
             raise SourceError(f"its file '{target}' is gone")
         options |= {"heads": model.facts["heads"].value, "eps": model.facts["norm_eps"].value}
+        if model.facts["activation"].evidence == "user":
+            options["activation"] = model.facts["activation"].value
         options |= {"branch": model.report.branch} if model.report else {}
-    return load(f"init:{target}", name=name, seed=0, **options)
+    library = spec.kind.removeprefix("init_") + ":" if spec.kind.endswith(LIBRARIES) else ""
+    return load(f"init:{library}{target}", name=name, seed=0, **options)
 
 
 def same_architecture(a: Model, b: Model) -> bool:

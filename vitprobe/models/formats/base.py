@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 # Wrappers that training code puts around a model (DDP, torch.compile, Lightning, and plain names
 # for "the encoder"): they say nothing about which encoder it is.
-_WRAPPERS = ("module", "_orig_mod", "model", "backbone", "encoder", "net")
+_WRAPPERS = (
+    *("module", "_orig_mod", "model", "backbone", "encoder", "net"),
+    *("vit", "visual", "trunk", "vision_model"),
+)
 _AT_FRONT = re.compile(rf"^(({'|'.join(_WRAPPERS)})\.)+")
 _CONTAINERS = {
     "": "model",
@@ -59,27 +62,60 @@ class Branch:
 
 
 Settings = Mapping[str, Any]
+Tensors = dict[str, Tensor]
+
+
+def _as_they_are(tensors: Tensors) -> Tensors:
+    return tensors
+
+
+def _nothing(_: Any) -> Mapping[str, Any]:
+    return {}
 
 
 @dataclass(frozen=True)
 class Dialect:
     """How one family of training code writes its checkpoints.
 
-    recognise: whether a file with these encoders, and these settings saved beside them, is one.
-    branches: names of its encoders, the default first.
+    Its facts go by these names: `num_heads`, `norm_eps`, `activation` (of
+    `vitprobe.models.evidence.ACTIVATIONS`), `img_size` (a side, or (height, width), in pixels),
+    `mean`, `std`, `antialias` (whether its own forward pass resizes position embeddings with
+    antialiasing, as timm does),
+    `patch_bias` (whether the patch embedding adds a bias), `no_embed_class` (whether
+    position embeddings leave out the prefix tokens), and `rope` ("dinov3": rotary positions).
+    What is None is not said.
+
+    recognise: whether a file with these encoders, each of which has the `landmark`, and these
+        settings saved beside them, is one.
     ignored: a pattern for keys, less their wrappers, known not to belong to the encoder.
-    rename: (pattern, replacement) pairs that turn the dialect's keys into timm's.
+    branches: names of its encoders, the default first.
+    landmark: the encoder's own key, as the file has it, that every such file has; what stands
+        before it is the encoder's prefix.
+    rename: (pattern, replacement) pairs that turn the dialect's keys into timm's, or into those of
+        `vitprobe.models.merging`.
+    convert: turns the encoder's renamed tensors into timm's where renaming is not enough. What it
+        drops counts as used.
     heads: the number of attention heads that its named architectures have ("vit_small": 12).
     usual_heads: the number at a given width where its convention is not 64 channels a head.
+    stated: facts that the settings saved beside the weights state.
+    seen: facts that the encoder's own tensors show, under their new names and not yet converted.
+    fixed: facts that hold for every file of the dialect.
+    usual: facts to be assumed where nothing says otherwise.
     """
 
     name: str
     recognise: Callable[[Sequence[Branch], Settings], bool]
     ignored: str
     branches: tuple[str, ...] = ("model", "ema")
+    landmark: str = "patch_embed.proj.weight"
     rename: tuple[tuple[str, str], ...] = ()
+    convert: Callable[[Tensors], Tensors] = _as_they_are
     heads: Mapping[str, int] | None = None
     usual_heads: Mapping[int, int] | None = None
+    stated: Callable[[Settings], Mapping[str, Any]] = _nothing
+    seen: Callable[[Tensors], Mapping[str, Any]] = _nothing
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    usual: Mapping[str, Any] = field(default_factory=dict)
 
     def ignores(self, key: str) -> bool:
         """Whether this key, less the encoder's own prefix, is known not to belong to it."""
@@ -94,5 +130,5 @@ class Dialect:
 
 def architecture_name(settings: Settings) -> str:
     """The name under which the training code knew the model (`--arch`, `--model`), or ""."""
-    names = (settings.get(key) for key in ("arch", "model", "model_name"))
+    names = (settings.get(key) for key in ("arch", "architecture", "model", "model_name"))
     return next((name for name in names if isinstance(name, str)), "")

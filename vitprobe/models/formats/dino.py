@@ -1,4 +1,4 @@
-"""DINO (Caron et al. 2021), https://github.com/facebookresearch/dino, and iBOT beside it.
+"""DINO (Caron et al. 2021), https://github.com/facebookresearch/dino.
 
 Containers `teacher` and `student` with `args`, keys under `module.` and `backbone.`, the projector
 under `head.`. The teacher is what its authors evaluate, hence the default.
@@ -16,4 +16,5 @@ DINO = Dialect(
     branches=_BRANCHES,
     ignored=r"head\.|masked_embed$|mask_token$",
     heads={"vit_tiny": 3, "vit_small": 6, "vit_base": 12, "vit_large": 16, "deit_small": 6},
+    fixed={"norm_eps": 1e-6, "activation": "gelu", "antialias": False},
 )

@@ -33,4 +33,5 @@ MAE = Dialect(
         "vit_large_patch16": 16,
         "vit_huge_patch14": 16,
     },
+    fixed={"norm_eps": 1e-6, "activation": "gelu"},
 )

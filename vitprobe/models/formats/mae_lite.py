@@ -16,4 +16,5 @@ MAE_LITE = Dialect(
     ),
     ignored=MAE.ignored,
     usual_heads={192: 12},
+    fixed=MAE.fixed,
 )

@@ -18,4 +18,5 @@ MOCO_V3 = Dialect(
     ignored=r"head\.|predictor\.|projector\.|queue",
     heads={"vit_small": 12, "vit_base": 12},
     usual_heads={384: 12},
+    fixed={"norm_eps": 1e-6, "activation": "gelu"},
 )

@@ -6,13 +6,23 @@ torch.compile add `module.` and `_orig_mod.`. https://github.com/huggingface/pyt
 
 from __future__ import annotations
 
-from vitprobe.models.formats.base import Dialect, architecture_name
+from collections.abc import Mapping
+from typing import Any
+
+from vitprobe.models.formats.base import Dialect, Settings, architecture_name
+
+
+def _stated(settings: Settings) -> Mapping[str, Any]:
+    """Facts in the `config.json` of timm's folders on the hub."""
+    config = settings.get("pretrained_cfg")
+    return {key: config.get(key) for key in ("mean", "std")} if isinstance(config, Mapping) else {}
+
 
 TIMM = Dialect(
     name="timm",
     recognise=lambda branches, settings: True,
-    ignored=r"n_averaged$|mask_token$|(head|fc|classifier|head_dist)\.",
-    rename=((r"\.gamma_([12])$", r".ls\1.gamma"),),
+    ignored=r"n_averaged$|mask_token$|(head|fc|classifier|head_dist|attn_pool)\.",
+    stated=_stated,
 )
 
 # DeiT (Touvron et al. 2021), https://github.com/facebookresearch/deit:
@@ -24,5 +34,5 @@ DEIT = Dialect(
         or any("dist_token" in branch.keys for branch in branches)
     ),
     ignored=TIMM.ignored,
-    rename=TIMM.rename,
+    fixed={"norm_eps": 1e-6, "activation": "gelu"},
 )
