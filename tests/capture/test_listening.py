@@ -161,12 +161,10 @@ def test_what_is_no_tensor_raises():
 
 def test_blocks_that_were_not_chosen_are_not_looked_at():
     model = tiny()
-    # Causal attention is not understood, which matters only where it is listened to.
+    # Attention without an axis of heads is none of ours, which matters only where it is heard.
     attention = model.module.blocks[0].attn
-    attention.forward = lambda x, **_: torch.nn.functional.scaled_dot_product_attention(
-        x[:, None], x[:, None], x[:, None], is_causal=True
-    )[:, 0]
+    attention.forward = lambda x, **_: torch.nn.functional.scaled_dot_product_attention(x, x, x)
     tokens = tokens_of(model)
     listen(model, lambda: blocks_on(model, tokens), attention=(2,))
-    with pytest.raises(CaptureError, match="not understood"):
+    with pytest.raises(CaptureError, match="cannot be listened to"):
         listen(model, lambda: blocks_on(model, tokens), attention=(0,))

@@ -1,206 +1,169 @@
-"""Attention, seen where it is computed.
+"""Attention, seen where it is computed and handed on in chunks.
 
-A TorchFunctionMode sees every call of softmax and of scaled dot-product attention while a model
-runs, whatever class makes it and whether or not a fused kernel does the work, and leaves the call
-itself alone, so the model's output does not change by a bit. What the attention is inside a fused
-kernel is computed again from the same queries and keys, in single precision; for measures in
-chunks, and never for more than a few megabytes at a time.
+Which computations of a model are attention, and where their queries and keys lie, its anatomy says:
+one Site each. The calls themselves are seen by a TorchFunctionMode and left alone, so the model's
+output does not change by a bit; measures get a few megabytes of the maps at a time.
 """
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
-from vitprobe.capture.geometry import Geometry
 from vitprobe.errors import CaptureError
 from vitprobe.measures.attention import AttentionChunk
 from vitprobe.models import Model
+from vitprobe.models.anatomy import Site
+from vitprobe.models.calls import AttentionCall, AttentionCalls
 
 OnAttention = Callable[[AttentionChunk], None]
-Logits = Callable[[slice, slice], Tensor]
-"""What softmax is given, scaled and masked, for some images and queries: (images, heads, queries,
-keys) float32, with the gradient of the queries and keys that it comes from."""
 
 CHUNK_ELEMENTS: Final = 1 << 21
 """Most attention weights in one chunk (8 MB in single precision)."""
 
-_SOFTMAX: Final = (torch.softmax, F.softmax, Tensor.softmax)
 
-
-class AttentionWatch(TorchFunctionMode):
-    """Sees the attention of chosen blocks while it is active, and hands it on.
+class AttentionWatch(AttentionCalls):
+    """Sees chosen attention layers of a model while it is active, and hands their calls on.
 
     Args:
-        model: whose attention modules tell which layer a call belongs to.
-        layers: the blocks, counted from 0.
+        model: whose sites tell which layer a call belongs to.
+        layers: indices into its sites.
     """
 
     def __init__(self, model: Model, layers: Iterable[int]) -> None:
-        super().__init__()
-        self.calls = dict.fromkeys(layers, 0)
+        self._sites = {layer: model.anatomy.sites[layer] for layer in layers}
+        super().__init__(model.module, {site.path for site in self._sites.values()})
+        self.calls = dict.fromkeys(self._sites, 0)
         self._model = model
-        self._layer: int | None = None
+        self._per_pass = {site.path: site.calls for site in self._sites.values()}
+        self._layers = {(site.path, site.call): layer for layer, site in self._sites.items()}
 
     @abstractmethod
-    def hand_on(
-        self, layer: int, shape: tuple[int, ...], device: torch.device, logits: Logits
-    ) -> None:
-        """Take what one call computes; shape is (images, heads, queries, keys)."""
+    def hand_on(self, layer: int, call: AttentionCall) -> None:
+        """Take what one layer computes."""
 
-    def hook(self) -> Sequence[RemovableHandle]:
-        """Register the hooks that say which layer is running."""
-        modules = dict(self._model.module.named_modules())
-        handles: list[RemovableHandle] = []
-        for layer in self.calls:
-            attention = modules[self._model.anatomy.attentions[layer]]
+    def on_call(self, call: AttentionCall) -> None:
+        # A call more than the site's module makes in one pass repeats one of them.
+        layer = self._layers.get((call.path, call.call % self._per_pass.get(call.path, 1)))
+        if layer is not None:
+            self.calls[layer] += 1
+            self.hand_on(layer, call)
 
-            def enter(module: nn.Module, args: object, layer: int = layer) -> None:
-                self._layer = layer
-
-            def leave(module: nn.Module, args: object, output: object) -> None:
-                self._layer = None
-
-            handles.append(attention.register_forward_pre_hook(enter))
-            handles.append(attention.register_forward_hook(leave, always_call=True))
-        return handles
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self._layer is not None:
-            if func is F.scaled_dot_product_attention:
-                self._fused(self._layer, *args, **kwargs)
-            elif func in _SOFTMAX:
-                self._plain(self._layer, *args, **kwargs)
-        return func(*args, **kwargs)
-
-    def _fused(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> None:
-        if is_causal or enable_gqa or query.ndim != 4 or key.shape[1] != query.shape[1]:
-            raise CaptureError(
-                f"model '{self._model.name}', layer {layer}: attention of this form (queries "
-                f"{tuple(query.shape)}, keys {tuple(key.shape)}, causal {is_causal}) is not "
-                "understood; leave attention out of the measures"
-            )
-        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-
-        def logits(images: slice, queries: slice) -> Tensor:
-            # Autocast would take the product in half precision again.
-            with torch.autocast(query.device.type, enabled=False):
-                product = (query[images, :, queries].float() * scale) @ key[images].float().mT
-            if attn_mask is None:
-                return product
-            mask = attn_mask.expand(*query.shape[:3], key.shape[2])[images, :, queries]
-            if mask.dtype == torch.bool:
-                return product.masked_fill(~mask, -torch.inf)
-            return product + mask
-
-        self._spoke(layer, (*query.shape[:3], key.shape[2]), query.device, logits)
-
-    def _plain(
-        self, layer: int, logits: Tensor, dim: int | None = None, *args: object, **kwargs: object
-    ) -> None:
-        if logits.ndim != 4 or dim not in (-1, 3):
-            raise CaptureError(
-                f"model '{self._model.name}', layer {layer}: softmax over {tuple(logits.shape)} in "
-                f"dimension {dim} is not (images, heads, queries, keys); leave attention out of "
-                "the measures"
-            )
-        self._spoke(layer, tuple(logits.shape), logits.device, lambda i, q: logits[i, :, q].float())
-
-    def _spoke(
-        self, layer: int, shape: tuple[int, ...], device: torch.device, logits: Logits
-    ) -> None:
-        self.calls[layer] += 1
-        self.hand_on(layer, shape, device, logits)
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self.calls = dict.fromkeys(self._sites, 0)
+        return self
 
 
 class AttentionTap(AttentionWatch):
-    """Hands on the post-softmax attention of all blocks of a model, in chunks.
+    """Hands on the post-softmax attention of the layers of a model, in chunks.
+
+    It stays active over several forward passes too.
 
     Args:
         model: as above.
-        geometry: where its tokens lie.
         on_attention: called with every chunk; must not keep it.
+        gradients: whether chunks keep the gradient of what they come from.
     """
 
-    def __init__(self, model: Model, geometry: Geometry, on_attention: OnAttention) -> None:
-        super().__init__(model, range(len(model.anatomy.blocks)))
+    def __init__(self, model: Model, on_attention: OnAttention, *, gradients: bool = False) -> None:
+        super().__init__(model, range(len(model.anatomy.sites)))
         self.first_image = 0
-        self._geometry = geometry
         self._on_attention = on_attention
+        self._gradients = gradients
 
-    def hand_on(
-        self, layer: int, shape: tuple[int, ...], device: torch.device, logits: Logits
-    ) -> None:
-        """Hand on the chunks of one call, without gradients.
+    def hand_on(self, layer: int, call: AttentionCall) -> None:
+        """Hand on the chunks of one call.
 
-        Raises CaptureError for other numbers of queries and keys than the geometry has.
+        Raises CaptureError for other numbers of queries and keys than the site has.
         """
-        geometry = self._geometry
-        _, _, queries, keys = shape
-        if (queries, keys) != (
-            geometry.query_prefix + len(geometry.query_xy),
-            geometry.key_prefix + len(geometry.key_xy),
-        ):
+        site = self._sites[layer]
+        maps = site.windows * site.heads
+        if call.shape[-2:] != (site.queries, site.keys) or math.prod(call.lead) % maps:
             raise CaptureError(
-                f"model '{self._model.name}', layer {layer}: attention of {queries} queries and "
-                f"{keys} keys does not fit {len(geometry.query_xy)} patches and "
-                f"{geometry.query_prefix} prefix tokens"
+                f"model '{self._model.name}', attention layer {layer} ('{site.path}'): attention "
+                f"of shape {call.shape} does not fit {site.windows} x {site.heads} maps of "
+                f"{site.queries} queries and {site.keys} keys, as there were when the model was "
+                "described"
             )
-        query_xy = geometry.query_xy
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            for images, rows in _chunks(shape):
-                prefix = max(0, geometry.query_prefix - rows.start)
-                patches = slice(
-                    max(0, rows.start - geometry.query_prefix),
-                    max(0, rows.stop - geometry.query_prefix),
-                )
-                self._on_attention(
-                    AttentionChunk(
-                        log_p=torch.log_softmax(logits(images, rows), dim=-1),
-                        query_prefix=min(prefix, rows.stop - rows.start),
-                        key_prefix=geometry.key_prefix,
-                        query_xy=query_xy[patches],
-                        key_xy=geometry.key_xy,
-                        layer=layer,
-                        first_image=self.first_image + images.start,
-                        first_query=rows.start,
-                        queries=queries,
-                        class_token=self._model.anatomy.class_token,
-                    )
-                )
+        axes = site.axes or (("heads", site.heads),)
+        call = call.split((math.prod(call.lead) // maps, *(size for _, size in axes)))
+        grad = torch.is_grad_enabled() and self._gradients
+        with torch.set_grad_enabled(grad), torch.autocast(call.device.type, enabled=False):
+            for images, window, rows in _chunks(call.shape[0], site):
+                self._on_attention(self._chunk(layer, site, call, images, window, rows))
+
+    def _chunk(
+        self, layer: int, site: Site, call: AttentionCall, images: slice, window: int, rows: slice
+    ) -> AttentionChunk:
+        queries: slice | Tensor = rows
+        if site.query_order is not None:
+            queries = site.query_order[rows].to(call.device)
+        logits = call.logits((images, *_window(site, window)), queries)
+        logits = logits.reshape(len(logits), site.heads, *logits.shape[-2:])
+        if site.key_order is not None:
+            logits = logits[..., site.key_order.to(call.device)]
+        log_p = torch.log_softmax(logits, dim=-1)
+        # Where every key is masked there is no attention, and softmax would make nan of it.
+        log_p = log_p.masked_fill(logits.amax(-1, keepdim=True) == -torch.inf, -torch.inf)
+        prefix = min(max(0, site.query_prefix - rows.start), rows.stop - rows.start)
+        patches = slice(
+            max(0, rows.start - site.query_prefix), max(0, rows.stop - site.query_prefix)
+        )
+        return AttentionChunk(
+            log_p=log_p,
+            query_prefix=prefix,
+            key_prefix=site.key_prefix,
+            query_xy=None if site.query_xy is None else site.query_xy[window, patches],
+            key_xy=None if site.key_xy is None else site.key_xy[window],
+            layer=layer,
+            first_image=self.first_image + images.start,
+            first_query=window * site.queries + rows.start,
+            queries=site.windows * site.queries,
+            class_token=self._model.anatomy.class_token,
+            whole=site.whole,
+        )
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+
+        def begin(module: nn.Module, args: object) -> None:
+            self.calls = dict.fromkeys(self._sites, 0)
+            self.seen = {}
+
+        self._hooks.callback(self._module.register_forward_pre_hook(begin).remove)
+        return self
 
 
-def _chunks(shape: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
-    """Slices of images and queries that cover (images, heads, queries, keys) in small parts."""
-    images, heads, queries, keys = shape
-    per_chunk = max(1, CHUNK_ELEMENTS // (heads * queries * keys))
-    rows = queries if per_chunk > 1 else max(1, min(queries, CHUNK_ELEMENTS // (heads * keys)))
+def _window(site: Site, window: int) -> tuple[int | slice, ...]:
+    """The index of one window among the axes between images and queries, heads whole."""
+    index: list[int | slice] = []
+    for axis, size in reversed(site.axes or (("heads", site.heads),)):
+        if axis == "heads":
+            index.append(slice(None))
+        else:
+            window, place = divmod(window, size)
+            index.append(place)
+    return tuple(reversed(index))
+
+
+def _chunks(images: int, site: Site) -> Iterator[tuple[slice, int, slice]]:
+    """Images, window and queries of small parts that cover a layer, in order."""
+    row = site.heads * site.keys
+    per_chunk = max(1, CHUNK_ELEMENTS // (row * site.queries))
+    rows = site.queries
+    if per_chunk == 1:
+        rows = max(1, min(rows, CHUNK_ELEMENTS // row))
     for image in range(0, images, per_chunk):
-        for row in range(0, queries, rows):
-            yield slice(image, min(image + per_chunk, images)), slice(row, min(row + rows, queries))
+        for window in range(site.windows):
+            for first in range(0, site.queries, rows):
+                yield (
+                    slice(image, min(image + per_chunk, images)),
+                    window,
+                    slice(first, min(first + rows, site.queries)),
+                )

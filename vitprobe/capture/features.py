@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vitprobe.errors import CaptureError
 from vitprobe.models import Anatomy, Model
+from vitprobe.models.anatomy import Layout
+from vitprobe.models.trace import tensors
 
 Convention = Literal["normed", "residual"]
 OnFeatures = Callable[[int, Tensor], None]
@@ -31,8 +32,17 @@ def convention_of(model: Model, asked: Convention) -> Convention:
     """
     if asked not in ("normed", "residual"):
         raise CaptureError(f"unknown layers '{asked}': use 'normed' or 'residual'")
+    return asked if model.anatomy.normed else "residual"
+
+
+def feature_layouts(model: Model, convention: Convention) -> tuple[Layout, ...]:
+    """How the tokens of the layers 0 … L lie, which `hook_features` hands on.
+
+    Raises:
+        CaptureError: no such convention.
+    """
     anatomy = model.anatomy
-    return asked if anatomy.pre_norm and None not in anatomy.norms else "residual"
+    return anatomy.normed if convention_of(model, convention) == "normed" else anatomy.residual
 
 
 def hook_features(
@@ -48,36 +58,39 @@ def hook_features(
     Raises:
         CaptureError: no such convention.
     """
-    convention = convention_of(model, convention)
     anatomy = model.anatomy
-    if convention == "residual":
-
-        def passing(layer: int, value: object) -> None:
-            on_features(layer, _tokens(model, anatomy.blocks[max(0, layer - 1)], value))
-
-        return hook_stream(model, feature_layers(anatomy), passing)
-
-    modules = dict(model.module.named_modules())
     last = len(anatomy.blocks)
+    layouts = feature_layouts(model, convention)
 
-    def output(layer: int, path: str, transform: nn.Module | None = None) -> RemovableHandle:
-        def hook(module: nn.Module, args: object, result: object) -> None:
-            tokens = _tokens(model, path, result)
-            if transform is not None:
-                # `.forward` and not a call: hooks on the transform must not see this extra use.
-                with torch.no_grad():
-                    tokens = transform.forward(tokens)
-            on_features(layer, tokens)
+    def hand_on(layer: int, value: object) -> None:
+        on_features(layer, _tokens(model, layer, layouts[layer], value))
 
-        return modules[path].register_forward_hook(hook)
+    def hand_on_last(_: nn.Module, args: object, result: object) -> None:
+        # Some apply their final norm a second time, to the class token.
+        if _find(layouts[last], result) is not None:
+            hand_on(last, result)
 
-    handles = [output(i, path) for i, path in enumerate(anatomy.norms) if path is not None]
+    if convention_of(model, convention) == "residual":
+        return hook_stream(model, feature_layers(anatomy), hand_on)
+    modules = dict(model.module.named_modules())
+    handles = [
+        modules[path].register_forward_hook(
+            lambda _, args, result, layer=layer: hand_on(layer, result)
+        )
+        for layer, path in enumerate(anatomy.norms)
+        if path is not None
+    ]
     if anatomy.final_norm is None:
-        handles.append(output(last, anatomy.blocks[-1]))
+        handles += hook_stream(model, [last], hand_on)
     elif anatomy.final_norm_pooled:
-        handles.append(output(last, anatomy.blocks[-1], modules[anatomy.final_norm]))
+        handles += _hook_pooled(
+            model,
+            modules[anatomy.final_norm],
+            lambda value: _tokens(model, last, layouts[last], value),
+            lambda tokens: on_features(last, tokens),
+        )
     else:
-        handles.append(output(last, anatomy.final_norm))
+        handles.append(modules[anatomy.final_norm].register_forward_hook(hand_on_last))
     return handles
 
 
@@ -86,31 +99,71 @@ def hook_stream(
 ) -> Sequence[RemovableHandle]:
     """Register hooks that call `on_value` with what passes at chosen `residual` layers, untouched.
 
-    For layer 0 that is what block 0 reads, for layer i what block i - 1 returns.
+    For layer 0 that is what block 0 reads, for layer i what block i - 1 returns; of blocks that
+    return only what is added to their input, what block i, or the final norm, reads. A single
+    argument comes as itself, several as a tuple.
     """
+    anatomy = model.anatomy
     modules = dict(model.module.named_modules())
-    blocks = [modules[path] for path in model.anatomy.blocks]
 
-    def hook(layer: int) -> RemovableHandle:
-        if layer == 0:
-            return blocks[0].register_forward_pre_hook(
-                lambda block, args: on_value(0, args[0] if args else None)
-            )
-        return blocks[layer - 1].register_forward_hook(
-            lambda block, args, result: on_value(layer, result)
-        )
+    def read(layer: int, path: str) -> RemovableHandle:
+        def hook(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            given = (*args, *named.values())
+            on_value(layer, given[0] if len(given) == 1 else given)
 
-    return [hook(layer) for layer in layers]
+        return modules[path].register_forward_pre_hook(hook, with_kwargs=True)
+
+    def returned(layer: int, path: str) -> RemovableHandle:
+        return modules[path].register_forward_hook(lambda _, args, result: on_value(layer, result))
+
+    if anatomy.branches and anatomy.final_norm is not None:
+        reading = (*anatomy.blocks, anatomy.final_norm)
+        return [read(layer, reading[layer]) for layer in layers]
+    return [
+        returned(layer, anatomy.blocks[layer - 1]) if layer else read(0, anatomy.blocks[0])
+        for layer in layers
+    ]
 
 
-def _tokens(model: Model, path: str, value: object) -> Tensor:
-    if isinstance(value, tuple) and value:
-        value = value[0]
-    expected = model.anatomy.prefix_tokens + model.anatomy.grid[0] * model.anatomy.grid[1]
-    if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[1] != expected:
-        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+def _hook_pooled(
+    model: Model,
+    norm: nn.Module,
+    tokens_of: Callable[[object], Tensor],
+    on_tokens: Callable[[Tensor], None],
+) -> Sequence[RemovableHandle]:
+    """Hooks that apply a norm of pooled tokens to every token, in the shape that it is used to."""
+    kept: list[Tensor] = []
+
+    def keep(_: int, value: object) -> None:
+        kept[:] = [tokens_of(value)]
+
+    def apply(_: nn.Module, args: tuple[Any, ...], result: object) -> None:
+        if not kept:
+            return
+        tokens = kept.pop()
+        # `.forward` and not a call: hooks on the norm must not see this extra use.
+        normed = norm.forward(tokens.reshape(-1, *args[0].shape[1:]))
+        on_tokens(normed.reshape(tokens.shape))
+
+    return [
+        *hook_stream(model, [len(model.anatomy.blocks)], keep),
+        norm.register_forward_hook(apply),
+    ]
+
+
+def _tokens(model: Model, layer: int, layout: Layout, value: object) -> Tensor:
+    found = _find(layout, value)
+    if found is None:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors(value)) or "no tensor"
         raise CaptureError(
-            f"model '{model.name}': '{path}' handles {shape}, not (images, {expected} tokens, "
-            "width), so its layers cannot be captured"
+            f"model '{model.name}', layer {layer}: {shapes} is not {layout.prefix_tokens} + "
+            f"{layout.patches} tokens of width {layout.width} as '{layout.form}', which the layer "
+            "was when the model was looked at, so it cannot be captured"
         )
-    return value.detach()
+    return found
+
+
+def _find(layout: Layout, value: object) -> Tensor | None:
+    """The tokens of the first tensor that is laid out so."""
+    read = (layout.read(tensor) for tensor in tensors(value))
+    return next((tokens for tokens in read if tokens is not None), None)

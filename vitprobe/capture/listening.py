@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitprobe.capture.attention import AttentionWatch, Logits
+from vitprobe.capture.attention import AttentionWatch
 from vitprobe.capture.calls import check_calls
 from vitprobe.capture.features import hook_stream
 from vitprobe.errors import CaptureError
 from vitprobe.models import Model
+from vitprobe.models.calls import AttentionCall
 
 _REMEDY = "choose others, and do not compile these"
 
@@ -63,18 +64,17 @@ def listen(
         passed[layer].append(value)
 
     with ExitStack() as stack:
-        for handle in (*watch.hook(), *hook_stream(model, passed, passing)):
+        for handle in hook_stream(model, passed, passing):
             stack.callback(handle.remove)
         if watch.calls:
             stack.enter_context(watch)
         output = run()
     check_calls(model, "attention", watch.calls, _REMEDY)
     check_calls(model, "hidden states", {i: len(kept) for i, kept in passed.items()}, _REMEDY)
-    everything = slice(None)
     # Only now: what is computed within a block may be forgotten and, unheard, computed again.
     heard = Heard(
         output,
-        tuple(watch.logits[layer](everything, everything) for layer in attention),
+        tuple(watch.heard[layer].logits() for layer in attention),
         tuple(passed[layer][0] for layer in hidden),
     )
     if torch.is_grad_enabled() and not all(
@@ -88,13 +88,16 @@ def listen(
 
 
 class _Keep(AttentionWatch):
-    """Keeps what would compute the logits of each call."""
+    """Keeps the calls, which would compute their logits."""
 
     def __init__(self, model: Model, layers: Sequence[int]) -> None:
         super().__init__(model, layers)
-        self.logits: dict[int, Logits] = {}
+        self.heard: dict[int, AttentionCall] = {}
 
-    def hand_on(
-        self, layer: int, shape: tuple[int, ...], device: torch.device, logits: Logits
-    ) -> None:
-        self.logits[layer] = logits
+    def hand_on(self, layer: int, call: AttentionCall) -> None:
+        if len(call.shape) != 4:
+            raise CaptureError(
+                f"model '{self._model.name}', layer {layer}: attention of shape {call.shape} is "
+                "not (images, heads, queries, keys), so it cannot be listened to"
+            )
+        self.heard[layer] = call

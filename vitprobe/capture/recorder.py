@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from types import TracebackType
 from typing import Self
 
@@ -12,10 +12,9 @@ from torch import Tensor
 from vitprobe.capture.attention import AttentionTap, OnAttention
 from vitprobe.capture.calls import check_calls
 from vitprobe.capture.features import Convention, OnFeatures, feature_layers, hook_features
-from vitprobe.capture.geometry import plain
 from vitprobe.models import Model
 
-_REMEDY = "compare it without measures that need them"
+_REMEDY = "leave them out (nothing can be seen in TorchScript modules, or in other threads)"
 
 
 class Recorder:
@@ -55,9 +54,7 @@ class Recorder:
                 for handle in hook_features(self.model, self._convention, self._feature):
                     stack.callback(handle.remove)
             if self._on_attention is not None:
-                self._tap = AttentionTap(self.model, plain(self.model.anatomy), self._on_attention)
-                for handle in self._tap.hook():
-                    stack.callback(handle.remove)
+                self._tap = AttentionTap(self.model, self._on_attention)
             self._stack = stack.pop_all()
         return self
 
@@ -87,13 +84,12 @@ class Recorder:
         parameter = next(self.model.module.parameters(), inputs)
         if parameter.is_floating_point():
             inputs = inputs.to(parameter.dtype)
-        if self._tap is None:
+        # Code that torch.compile made passes hooks by.
+        with torch.compiler.set_stance("force_eager"), self._tap or nullcontext():
+            if self._tap is not None:
+                self._tap.first_image = first_image
             output = self.model.module(inputs)
-        else:
-            self._tap.first_image = first_image
-            self._tap.calls = dict.fromkeys(self._tap.calls, 0)
-            with self._tap:
-                output = self.model.module(inputs)
+        if self._tap is not None:
             check_calls(self.model, "attention", self._tap.calls, _REMEDY)
         if self._on_features is not None:
             check_calls(self.model, "features", self._seen, _REMEDY)
@@ -103,4 +99,4 @@ class Recorder:
         self._seen[layer] += 1
         if self._on_features is not None:
             with torch.no_grad():
-                self._on_features(layer, tokens)
+                self._on_features(layer, tokens.detach())
