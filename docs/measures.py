@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vitprobe.measures.base import Group, Info
-from vitprobe.measures.registry import MEASURES
+from vitprobe.measures.registry import ATTENTION, MEASURES
 
 PAGE = Path(__file__).with_suffix(".md")
 
@@ -20,6 +20,8 @@ which the Methods section of a report quotes too. The name in brackets is what `
   reordered in both; tokens or keys are reordered in every image alike.
 - **Streams**: *exact*: any split of the images gives the same number; *blocked*: the number belongs
   to the block size (`--block`); *subset*: it is of the first `--max-images` images.
+- **Attention layers**: of which of a model's attention layers it is. Others have no number of it
+  (nan), and the notes of a result say which and why; models without attention have none at all.
 - **Intervals** are pointwise, at 95 % unless asked otherwise. Differences between models are paired
   over the same images; claims about methods take seeds as the unit; lists are corrected by Holm's
   method.
@@ -41,7 +43,25 @@ def page() -> str:
     return "\n".join(parts)
 
 
+LAYERS = {
+    "rows": "all, those over channels and of a class token alone too, which are labelled",
+    "patches": "those between patches",
+    "places": "those between patches whose places in the image are known",
+    "class": "those with a class token among their queries",
+}
+
+
+def _layers(name: str) -> str:
+    measure = ATTENTION[name]
+    if measure.per_block:
+        return "those of models in which each block is one map of the same patches"
+    return (
+        "those that are one map of all patches" if measure.needs == "map" else LAYERS[measure.asks]
+    )
+
+
 def _entry(info: Info) -> str:
+    of_layers = {"Attention layers": _layers(info.name)} if info.group == "attention" else {}
     lines = {
         "Formula": info.formula,
         "Source": info.source,
@@ -49,6 +69,7 @@ def _entry(info: Info) -> str:
         "Range": info.range,
         "Direction": info.direction,
         "Invariant to": ", ".join(info.invariances) or "nothing listed above",
+        **of_layers,
         "Streams": info.streams,
         "Interval": info.interval,
         "Null": info.null,

@@ -76,6 +76,7 @@ def test_importing_loads_no_torch(module):
 
 
 def test_public_names_resolve_to_functions_and_not_to_modules():
+    import vitprobe.capture
     import vitprobe.compare
     import vitprobe.report
 

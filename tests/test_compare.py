@@ -11,8 +11,9 @@ from models_for_tests import squares, tiny
 import vitprobe as vp
 from vitprobe import measures
 from vitprobe.compare import KNOWN, Settings, subset_bytes
-from vitprobe.errors import CaptureError, DataError, MeasureError, VitprobeError
+from vitprobe.errors import CaptureError, DataError, MeasureError, ResultError, VitprobeError
 from vitprobe.measures import MEASURES, attention_distance, attention_entropy, cka
+from vitprobe.measures.attention import grid_positions, uniform_distance
 from vitprobe.measures.gram import centered_gram
 from vitprobe.measures.registry import PER_BLOCK, SUBSET
 
@@ -403,7 +404,7 @@ def test_a_grid_without_a_diagonal_is_noted():
     assert not found.tokens("fourier_amplitude", "tiny").isnull().any()
     assert found.fourier_curves("wide")["value"].isnull().all()
     assert any(
-        re.search(r"wide: .* undefined for layer\(s\) 0, 1 in 8 of 8 images: .*2 x 4", note)
+        re.search(r"wide: .* undefined for layers 0 to 1 in 8 of 8 images: .*2 x 4", note)
         for note in found.notes
     )
 
@@ -572,3 +573,115 @@ def test_refusals(change, kind, message):
     arguments = {"models": [tiny()], "images": squares(), **QUIET, **change}
     with pytest.raises(kind, match=message):
         vp.compare(**arguments)
+
+
+def convolutional(name="conv", seed=5):
+    """Three blocks, on 8 x 8 and 4 x 4 places."""
+
+    class Block(torch.nn.Module):
+        def __init__(self, inside, outside):
+            super().__init__()
+            stride = 1 if inside == outside else 2
+            self.conv = torch.nn.Conv2d(inside, outside, 3, stride, padding=1)
+            self.act = torch.nn.ReLU()
+
+        def forward(self, x):
+            return self.act(self.conv(x))
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = torch.nn.Conv2d(3, 12, 4, 4)
+            self.blocks = torch.nn.Sequential(Block(12, 12), Block(12, 24), Block(24, 24))
+
+        def forward(self, x):
+            return self.blocks(self.stem(x)).mean((-2, -1))
+
+    torch.manual_seed(seed)
+    return vp.wrap(
+        Network().eval(),
+        name=name,
+        input_size=(3, 32, 32),
+        mean=0.5,
+        std=0.5,
+        blocks=[f"blocks.{i}" for i in range(3)],
+    )
+
+
+def windowed(name="swin", seed=3):
+    """A Swin Transformer of two stages: windows of 4 x 4, shifted in the second block."""
+    from timm.models.swin_transformer import SwinTransformer
+
+    torch.manual_seed(seed)
+    module = SwinTransformer(
+        img_size=32,
+        patch_size=4,
+        embed_dim=12,
+        depths=(2, 1),
+        num_heads=(2, 4),
+        window_size=4,
+        num_classes=0,
+    )
+    return vp.wrap(module.eval(), name=name, input_size=(3, 32, 32), mean=0.5, std=0.5)
+
+
+@pytest.fixture(scope="module")
+def families(pair):
+    return vp.compare([pair[0], windowed(), convolutional()], squares(12), **QUIET)
+
+
+def test_models_of_any_family_compare_as_far_as_they_can(families):
+    assert families.cka("swin", "conv").notnull().all()
+    layers = [families.cka(name, name).sizes["layer_a"] for name in families.models]
+    assert layers == [4, 4, 4]
+    assert families.attention_distance("a").shape == (3, 3)
+    assert families.attention_distance("swin").shape == (3, 4)
+    assert any(note.startswith("conv: no attention: ") for note in families.notes)
+    assert families.attention_layers("conv") == []
+    kinds = [layer["kind"] for layer in families.attention_layers("swin")]
+    assert kinds == ["windows", "windows", "global"]
+    assert [layer["block"] for layer in families.attention_layers("swin")] == [0, 1, 2]
+    with pytest.raises(ResultError, match="'conv' has no attention: "):
+        families.attention_distance("conv")
+    assert families.measured("attention_distance") == ("a", "swin")
+    assert families.grid("swin") == (8, 8)
+    assert families.describe("swin")["layouts"][-1]["grid"] == [4, 4]
+
+
+def test_distance_in_windows_is_relative_to_the_window(families):
+    in_window = grid_positions((4, 4), 4)
+    level = uniform_distance(in_window)
+    levels = families.uniform("attention_distance", "swin").values
+    # Attention is masked to fewer patches in shifted windows; stage two is one window of 8 px.
+    assert levels[0] == pytest.approx(level)
+    assert levels[1] < level
+    assert levels[2] == pytest.approx(2 * level)
+    near_uniform = families.attention_distance("swin", relative=True)
+    np.testing.assert_allclose(near_uniform.mean("head"), 1, atol=0.05)
+    assert families.needs_relative("attention_distance", ("a", "swin"))
+    assert not families.needs_relative("attention_distance", ("swin",))
+
+
+def test_no_attention_at_all_is_refused_only_where_it_was_asked_for():
+    conv = convolutional()
+    alone = vp.compare([conv], squares(8), **QUIET)
+    assert alone.measures == ("cka",)
+    assert any("conv: no attention" in note for note in alone.notes)
+    with pytest.raises(MeasureError, match="no model here can give 'attention_entropy': conv has"):
+        vp.compare([conv], squares(8), ["cka", "attention_entropy"], **QUIET)
+    assert "attention_entropy" not in vp.compare([conv], squares(8), ["all"], **QUIET).measures
+
+
+def test_class_tokens_are_refused_of_models_without_them():
+    with pytest.raises(MeasureError, match="model 'swin' has no class token; use tokens"):
+        vp.compare([windowed()], squares(8), ["cka"], tokens="cls", **QUIET)
+
+
+def test_families_survive_saving_and_have_tables(families, tmp_path):
+    opened = vp.open_result(families.save(tmp_path / "run.nc"))
+    assert opened.attention_layers("swin") == families.attention_layers("swin")
+    table = opened.to_dataframe("attention_distance")
+    assert set(table["model"]) == {"a", "swin"}
+    # Two heads in the first stage, four in the second.
+    assert (table["model"] == "swin").sum() == 2 + 2 + 4
+    assert set(opened.differences(["attention_entropy"])["model_b"]) == {"swin"}

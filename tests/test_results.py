@@ -604,3 +604,48 @@ def test_a_folder_that_does_not_exist(result, tmp_path):
     with pytest.raises(ResultError, match=r"cannot write .*run.nc.*: there is no folder"):
         result.save(tmp_path / "no" / "run.nc")
     assert list(tmp_path.iterdir()) == []
+
+
+def families(**more):
+    from plots.synthetic import Subject, comparison
+
+    subjects = {
+        "ViT": Subject(depth=2),
+        "XCiT": Subject(depth=2, kinds=("global", "channels")),
+        "conv": Subject(depth=2, no_attention="it is convolutional"),
+    }
+    return comparison(subjects, images=6, **more)
+
+
+def test_models_say_what_was_measured_of_them():
+    found = families()
+    assert found.measured("attention_distance") == ("ViT", "XCiT")
+    assert found.measured("cka") == ("ViT", "XCiT", "conv")
+    assert found.measured("first_direction_share") == ("ViT", "XCiT", "conv")
+    assert found.attention_layers("conv") == []
+    # A result from before attention layers were recorded: each is a block.
+    assert [layer["block"] for layer in found.attention_layers("ViT")] == [0, 1]
+    with pytest.raises(ResultError, match="'conv' has no attention: it is convolutional"):
+        found.per_image("sink_mass", "conv")
+
+
+def test_differences_are_between_attention_over_patches():
+    found = families()
+    # Of XCiT only its first layer is between patches.
+    first = found.layer_images("attention_entropy", "ViT")[:, 0]
+    second = found.layer_images("attention_entropy", "XCiT")[:, 0]
+    expected = float((first - second).mean())
+    difference = found.difference("attention_entropy", "ViT", "XCiT").attrs
+    assert difference["overall_value"] == pytest.approx(expected, rel=1e-5)
+    table = found.differences()
+    assert set(table["model_a"]) | set(table["model_b"]) == {"ViT", "XCiT"}
+
+
+def test_damaged_attention_layers_are_told_in_words(tmp_path):
+    found = families()
+    provenance = json.loads(json.dumps(found.provenance))
+    del provenance["models"][1]["attention"][0]["kind"]
+    groups = {name: found.tree[name].to_dataset() for name in ("similarity", "tokens", "attention")}
+    path = Comparison.assemble(groups, provenance).save(tmp_path / "bad.nc")
+    with pytest.raises(ResultError, match="an attention layer of XCiT has no kind"):
+        vp.open_result(path)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vitprobe import measures, plots
+    from vitprobe.capture.api import Captured, capture, capturing
     from vitprobe.compare import compare
     from vitprobe.data.images import Images, images
     from vitprobe.errors import VitprobeError
@@ -28,11 +29,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHERE = {
+    "Captured": "vitprobe.capture.api",
     "Comparison": "vitprobe.results",
     "Images": "vitprobe.data.images",
     "LoadReport": "vitprobe.models",
     "Model": "vitprobe.models",
     "VitprobeError": "vitprobe.errors",
+    "capture": "vitprobe.capture.api",
+    "capturing": "vitprobe.capture.api",
     "compare": "vitprobe.compare",
     "images": "vitprobe.data.images",
     "load": "vitprobe.models",
@@ -44,11 +48,14 @@ _WHERE = {
 _MODULES = ("measures", "plots")
 
 __all__ = [
+    "Captured",
     "Comparison",
     "Images",
     "LoadReport",
     "Model",
     "VitprobeError",
+    "capture",
+    "capturing",
     "compare",
     "images",
     "load",
@@ -75,7 +82,8 @@ def __dir__() -> list[str]:
 
 class _Package(ModuleType):
     def __setattr__(self, name: str, value: Any) -> None:
-        # Importing the submodules `compare` and `report` must not hide the functions of that name.
+        # Importing the submodules `capture`, `compare` and `report` must not hide the functions of
+        # that name.
         if not (name in _WHERE and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 

@@ -52,10 +52,12 @@ class Demo:
 
 @dataclass
 class Inspect:
-    """Show what would be loaded: dialect, architecture with evidence, unmatched keys, layers."""
+    """Show what would be loaded: dialect, every fact with its evidence, unmatched keys, layers,
+    attention layers and what they have no number of, with the reason."""
 
     spec: tyro.conf.Positional[str]
-    """Such as mae.pth,heads=12 or timm:deit_tiny_patch16_224 or init:NAME."""
+    """Such as mae.pth,heads=12, a saved folder, timm:NAME, hf:FOLDER, torchvision:NAME or
+    init:NAME."""
 
     def run(self) -> str:
         from vitprobe.models import load

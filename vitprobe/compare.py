@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from typing import Any, Final, Literal, get_args
 
@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from vitprobe import provenance
 from vitprobe.capture import Recorder
-from vitprobe.capture.features import Convention, convention_of
+from vitprobe.capture.features import Convention, convention_of, feature_layouts
 from vitprobe.data.images import Block, Images, View
 from vitprobe.data.images import images as as_images
 from vitprobe.devices import exact_products, find_device, placed
@@ -34,9 +34,12 @@ from vitprobe.measures.cka import MINIMUM_IMAGES, Estimator
 from vitprobe.measures.registry import MEASURES, SUBSET
 from vitprobe.measures.tokens import TokenPolicy
 from vitprobe.models import Model
+from vitprobe.models.anatomy import Layout
 from vitprobe.models.untrained import is_untrained, same_architecture, untrained
 from vitprobe.results import COMPANION, Comparison
 from vitprobe.samples import SAMPLES, THUMBNAIL, SampleMaps, thumbnails
+from vitprobe.sites import described
+from vitprobe.wording import layers_in_words
 
 DEFAULT_MEASURES: Final = ("cka", "attention_distance", "attention_entropy")
 ALL: Final = "all"
@@ -109,6 +112,13 @@ class Settings:
         return tuple(dict.fromkeys([*asked, "sink_mass"])) if asked else ()
 
     @property
+    def required(self) -> tuple[str, ...]:
+        """Attention measures that some model must give: those asked for by name."""
+        if ALL in self.measures or tuple(self.measures) == DEFAULT_MEASURES:
+            return ()
+        return self._of("attention")
+
+    @property
     def layer_tokens(self) -> tuple[str, ...]:
         """Measures of the tokens of a layer."""
         return self._of("tokens")
@@ -152,7 +162,8 @@ def compare(
         models: from `load` or `wrap`, with different names.
         images: whatever `vitprobe.images` takes.
         measures: names from `vitprobe.measures.MEASURES`, or `["all"]`; attention measures bring
-            sink mass with them, CKA the first-direction share.
+            sink mass with them, CKA the first-direction share. What a model cannot give is left out
+            and noted with its reason, as all attention of a convolutional network is.
         layers: `normed` (what each block's attention reads, and the final norm) or `residual`.
         tokens: what of a layer is compared: `patches`, `cls`, `mean` or `all`. Linear CKA of `cls`
             and `mean` is exact over all images; any other belongs to the block size.
@@ -177,8 +188,9 @@ def compare(
 
     Raises:
         VitprobeError: models that share a name, images too few or undecodable, an unknown measure,
-            a layer that stays silent, features or attention that are not finite, a group of models
-            that are not there.
+            an attention measure asked for by name (and not by default or as "all") that no model
+            can give, a layer that stays silent, features or attention that are not finite, a group
+            of models that are not there.
     """
     settings = Settings(
         measures if isinstance(measures, str) else tuple(measures),
@@ -210,7 +222,9 @@ def subset_bytes(models: Sequence[Model], settings: Settings, images: int) -> in
     if not any(name in SUBSET for name in settings.similarity):
         return 0
     numbers = (
-        kept_numbers(model, settings.tokens) * (len(model.anatomy.blocks) + 1) for model in models
+        kept_numbers(layout, settings.tokens)
+        for model in models
+        for layout in feature_layouts(model, settings.layers)
     )
     return 4 * min(images, settings.max_images) * sum(numbers)
 
@@ -237,27 +251,40 @@ class _Run:
             self._add_references()
         self._check_names()
         settings = self.settings
+        self.layouts = {m.name: feature_layouts(m, settings.layers) for m in self.models}
         for model in self.models:
-            convention_of(model, settings.layers)
             if settings.features:
                 self._note_layers(model)
-            if settings.features and settings.tokens == "cls" and not model.anatomy.class_token:
-                raise MeasureError(
-                    f"model '{model.name}' has no class token; use tokens 'patches' or 'mean'"
-                )
+                self._check_class_token(model)
         self.device = find_device(settings.device)
         self.similarities = Similarities(
-            self.models,
+            self.layouts,
             settings.similarity,
             settings.tokens,
             settings.estimator,
             settings.max_images,
         )
-        self.tokens = Tokens(self.models, settings.layer_tokens, settings.tokens)
-        self.attention = Attention(self.models, settings.attention)
+        self.tokens = Tokens(self.layouts, settings.layer_tokens, settings.tokens)
+        self.attention = Attention(self.models, settings.attention, settings.required)
+        if not (settings.features or self.attention.measures):
+            raise MeasureError(
+                "no model here has attention, and nothing else was asked for; give other measures, "
+                "such as cka"
+            )
         self.grams_alone = self.similarities.subset is None and not settings.layer_tokens
         self.samples = {model.name: SampleMaps(model) for model in self.models}
         self.thumbnails = np.empty((0, THUMBNAIL, THUMBNAIL, 3), np.uint8)
+
+    def _check_class_token(self, model: Model) -> None:
+        if self.settings.tokens != "cls":
+            return
+        layers = self.layouts[model.name]
+        without = [i for i, layout in enumerate(layers) if layout.prefix_tokens == 0]
+        if not model.anatomy.class_token or without:
+            where = f" in {layers_in_words(without)}" if 0 < len(without) < len(layers) else ""
+            raise MeasureError(
+                f"model '{model.name}' has no class token{where}; use tokens 'patches' or 'mean'"
+            )
 
     def _check_seeds(self) -> None:
         by_name = {model.name: model for model in self.models}
@@ -371,19 +398,22 @@ class _Run:
                 if not self.grams_alone:  # a Gram is smaller, and checked in any case
                     check_finite(tokens, layer)
                 if self.settings.similarity:
-                    self.similarities.update(model, layer, first, tokens, left)
+                    self.similarities.update(model.name, layer, first, tokens, left)
                 if self.settings.layer_tokens:
-                    self.tokens.update(model, layer, first, tokens)
+                    self.tokens.update(model.name, layer, first, tokens)
 
         def on_attention(chunk: AttentionChunk) -> None:
-            self.attention.update(model, chunk)
+            self.attention.update(model.name, chunk)
             self.samples[model.name].update(chunk)
 
+        attends = bool(self.attention.measures and model.anatomy.sites)
+        if not (self.settings.features or attends):
+            return
         recorder = Recorder(
             model,
             convention=self.settings.layers,
             on_features=on_features if self.settings.features else None,
-            on_attention=on_attention if self.settings.attention else None,
+            on_attention=on_attention if attends else None,
         )
         # A module of the user's own may keep what it computes, and could not train with inference
         # tensors later.
@@ -402,9 +432,10 @@ class _Run:
             groups["tokens"] = self.tokens.dataset(
                 names, self.similarities.first_direction, self.notes
             )
-        if self.settings.attention:
+        if self.attention.measures:
             groups["attention"] = self.attention.dataset(names, self.notes)
             groups |= self._sample_groups()
+        self.attention.note(self.notes)
         self._note_images()
         self._note_groups()
         for model in self.models:
@@ -416,7 +447,8 @@ class _Run:
         names = {"name": ("sample", self.images.used[:SAMPLES])}
         groups = {"samples": xr.Dataset({"thumbnail": thumbnail}, coords=names)}
         for index, model in enumerate(self.models):
-            groups[f"samples/{index}"] = self.samples[model.name].dataset()
+            if (maps := self.samples[model.name].dataset()) is not None:
+                groups[f"samples/{index}"] = maps
         return groups
 
     def _note_groups(self) -> None:
@@ -442,8 +474,9 @@ class _Run:
         anatomy = model.anatomy
         followed = convention_of(model, self.settings.layers)
         if followed != self.settings.layers:
+            which = "its attention" if anatomy.sites else "its blocks"
             self.notes.append(
-                f"{model.name}: no norm before its attention, so its layers are residual ones."
+                f"{model.name}: no norm before {which}, so its layers are residual ones."
             )
         elif followed == "normed" and anatomy.final_norm is None:
             self.notes.append(
@@ -492,8 +525,8 @@ class _Run:
         settings = self.settings
         return {
             **provenance.collect(),
-            "models": [model.describe() for model in self.models],
-            "measures": [*settings.similarity, *settings.attention, *settings.layer_tokens],
+            "models": [model.describe() | self._described(model) for model in self.models],
+            "measures": [*settings.similarity, *self.attention.measures, *settings.layer_tokens],
             "groups": self.groups,
             "references": self.references,
             "layers": settings.layers,
@@ -518,6 +551,22 @@ class _Run:
             },
             "notes": self.notes,
         }
+
+    def _described(self, model: Model) -> dict[str, Any]:
+        """What this comparison took of a model, and what it could not."""
+        return {
+            "layers": convention_of(model, self.settings.layers),
+            "layouts": [_layout(layout) for layout in self.layouts[model.name]],
+            "attention": described(model),
+            "no_attention": model.anatomy.no_attention,
+            "refused": [asdict(part) for part in self.attention.refused[model.name]],
+        }
+
+
+def _layout(layout: Layout) -> dict[str, Any]:
+    """What of a layer's tokens a result records."""
+    names = ("width", "prefix_tokens", "patches", "grid", "patch_size")
+    return {name: getattr(layout, name) for name in names}
 
 
 def _same_weights(a: Model, b: Model) -> bool:

@@ -65,12 +65,21 @@ def exact_products() -> Iterator[None]:
 @contextmanager
 def placed(module: nn.Module, device: torch.device) -> Iterator[None]:
     """A module on `device` in eval mode; back where and how it was afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
     home = next((parameter.device for parameter in module.parameters()), device)
+    with same_modes(module):
+        try:
+            module.eval().to(device)
+            yield
+        finally:
+            module.to(home)
+
+
+@contextmanager
+def same_modes(module: nn.Module) -> Iterator[None]:
+    """Each part of a module is in the mode afterwards, training or eval, that it was in before."""
+    modes = [(part, part.training) for part in module.modules()]
     try:
-        module.eval().to(device)
         yield
     finally:
-        module.to(home)
         for part, training in modes:
             part.training = training

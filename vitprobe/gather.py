@@ -7,21 +7,18 @@ what a reader must know of numbers that are undefined.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
 
-from vitprobe.capture.features import feature_layers
-from vitprobe.capture.geometry import plain
 from vitprobe.datasets import (
     Feature,
     FourierArrays,
     LayerArrays,
     SimilarityArrays,
-    Unit,
     attention_dataset,
     similarity_dataset,
     tokens_dataset,
@@ -42,14 +39,20 @@ from vitprobe.measures.tokens import (
     select_tokens,
 )
 from vitprobe.models import Model
+from vitprobe.models.anatomy import Layout
+from vitprobe.sites import UniformLevels, in_words, refusals, remarks
+from vitprobe.wording import join, layers_in_words
+
+Layouts = Mapping[str, Sequence[Layout]]
+"""How the tokens of every layer lie, by model."""
 
 EXACT_BYTES = 1 << 32
 """Most bytes of feature-space sums; beyond it CKA of pooled tokens is the blocked estimate."""
 
 
-def features_of(models: Sequence[Model]) -> list[Feature]:
+def features_of(layouts: Layouts) -> list[Feature]:
     """(model, layer) of every feature, in the order of rows and columns."""
-    return [(model.name, layer) for model in models for layer in feature_layers(model.anatomy)]
+    return [(name, layer) for name, layers in layouts.items() for layer in range(len(layers))]
 
 
 def check_finite(numbers: Tensor, layer: int) -> None:
@@ -58,11 +61,10 @@ def check_finite(numbers: Tensor, layer: int) -> None:
         raise MeasureError(f"layer {layer} gives NaN or infinite features")
 
 
-def kept_numbers(model: Model, tokens: TokenPolicy) -> int:
+def kept_numbers(layout: Layout, tokens: TokenPolicy) -> int:
     """How many numbers of an image a layer has under a token policy."""
-    patches = math.prod(model.anatomy.grid)
-    counts = {"patches": patches, "all": patches + model.anatomy.prefix_tokens}
-    return counts.get(tokens, 1) * model.anatomy.width
+    counts = {"patches": layout.patches, "all": layout.patches + layout.prefix_tokens}
+    return counts.get(tokens, 1) * layout.width
 
 
 class Similarities:
@@ -70,13 +72,14 @@ class Similarities:
 
     def __init__(
         self,
-        models: Sequence[Model],
+        layouts: Layouts,
         measures: Sequence[str],
         tokens: TokenPolicy,
         estimator: Estimator,
         max_images: int,
     ) -> None:
-        self.features = features_of(models)
+        self.layouts = layouts
+        self.features = features_of(layouts)
         self.measures = measures
         self.tokens: TokenPolicy = tokens
         self.max_images = max_images
@@ -85,7 +88,7 @@ class Similarities:
         self.cka = CKA(count, estimator) if "cka" in measures else None
         self.rbf = CKARBF(count, estimator) if "cka_rbf" in measures else None
         self.first_direction = FirstDirectionShare(count) if self.cka else None
-        self.exact = self._exact(models, estimator) if self._wants_exact else None
+        self.exact = self._exact(layouts, estimator) if self._wants_exact else None
         asked = any(name in SUBSET for name in measures)
         self.subset = Subset(count, max_images) if asked else None
         self._parts: dict[int, list[Tensor]] = {}
@@ -97,8 +100,8 @@ class Similarities:
         return self.tokens in ("cls", "mean") and self.cka is not None
 
     @staticmethod
-    def _exact(models: Sequence[Model], estimator: Estimator) -> ExactCKA | None:
-        widths = [m.anatomy.width for m in models for _ in feature_layers(m.anatomy)]
+    def _exact(layouts: Layouts, estimator: Estimator) -> ExactCKA | None:
+        widths = [layout.width for layers in layouts.values() for layout in layers]
         return ExactCKA(widths, estimator) if ExactCKA.state_bytes(widths) <= EXACT_BYTES else None
 
     @property
@@ -119,10 +122,10 @@ class Similarities:
             return None
         return "blocked" if self.exact is None else "exact"
 
-    def update(self, model: Model, layer: int, first_image: int, tokens: Tensor, left: int) -> None:
+    def update(self, model: str, layer: int, first_image: int, tokens: Tensor, left: int) -> None:
         """Add a layer's tokens (n, tokens, width) of some images; `left` more of the block come."""
-        index = self._index[model.name, layer]
-        kept = select_tokens(tokens, model.anatomy.prefix_tokens, self.tokens)
+        index = self._index[model, layer]
+        kept = select_tokens(tokens, self.layouts[model][layer].prefix_tokens, self.tokens)
         if self.subset is not None:
             self.subset.update(index, first_image, kept)
         if not self.streaming:
@@ -203,28 +206,26 @@ class Similarities:
 class Tokens:
     """Numbers of the tokens of every layer of all models."""
 
-    def __init__(
-        self, models: Sequence[Model], measures: Sequence[str], tokens: TokenPolicy
-    ) -> None:
-        self.features = features_of(models)
-        self.models = models
+    def __init__(self, layouts: Layouts, measures: Sequence[str], tokens: TokenPolicy) -> None:
+        self.features = features_of(layouts)
+        self.layouts = layouts
         self.tokens: TokenPolicy = tokens
         self._index = {feature: i for i, feature in enumerate(self.features)}
         self.per_image = {
-            model.name: {name: TOKENS[name]() for name in measures if name in TOKENS}
-            for model in models
+            model: {name: TOKENS[name]() for name in measures if name in TOKENS}
+            for model in layouts
         }
         self.rankme = RankMe(len(self.features)) if "rankme" in measures else None
 
-    def update(self, model: Model, layer: int, first_image: int, tokens: Tensor) -> None:
+    def update(self, model: str, layer: int, first_image: int, tokens: Tensor) -> None:
         """Add a layer's tokens (n, tokens, width) of some images."""
-        prefix, grid = model.anatomy.prefix_tokens, model.anatomy.grid
-        for measure in self.per_image[model.name].values():
-            measure.update(layer, first_image, tokens[:, prefix:], grid)
+        layout = self.layouts[model][layer]
+        for measure in self.per_image[model].values():
+            measure.update(layer, first_image, tokens[:, layout.prefix_tokens :], layout.grid)
         if self.rankme is not None:
             policy: TokenPolicy = "cls" if self.tokens == "cls" else "mean"
-            vectors = select_tokens(tokens, prefix, policy)
-            self.rankme.update(self._index[model.name, layer], first_image, vectors)
+            vectors = select_tokens(tokens, layout.prefix_tokens, policy)
+            self.rankme.update(self._index[model, layer], first_image, vectors)
 
     def dataset(
         self,
@@ -263,10 +264,10 @@ class Tokens:
 
     def _fourier(self) -> FourierArrays:
         curves: dict[Feature, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-        for model in self.models:
-            measure = self.per_image[model.name]["fourier_amplitude"]
+        for model, measures in self.per_image.items():
+            measure = measures["fourier_amplitude"]
             if isinstance(measure, FourierAmplitude):
-                curves |= {(model.name, layer): c for layer, c in measure.curves().items()}
+                curves |= {(model, layer): c for layer, c in measure.curves().items()}
         # A grid that is not square has no curve.
         steps = max((len(frequency) for frequency, _, _ in curves.values()), default=0)
         tables = np.full((3, len(self.features), steps), np.nan)
@@ -277,57 +278,99 @@ class Tokens:
 
     def _note_undefined(self, name: str, values: np.ndarray, notes: list[str]) -> None:
         """values: (images, features), or (1, features) of all images together."""
-        for model in self.models:
-            own = [i for i, (owner, _) in enumerate(self.features) if owner == model.name]
+        for model, layouts in self.layouts.items():
+            own = [i for i, (owner, _) in enumerate(self.features) if owner == model]
             missing = np.isnan(values[:, own])
-            layers = [self.features[own[i]][1] for i in np.flatnonzero(missing.any(0))]
-            if not layers:
-                continue
-            which = f"layer(s) {', '.join(map(str, layers))}"
-            if len(values) > 1:
-                which += f" in {int(missing.any(1).sum())} of {len(values)} images"
-            why = _no_curve(model.anatomy.grid) if name == "fourier_amplitude" else ""
-            notes.append(f"{model.name}: {MEASURES[name].title} is undefined for {which}{why}.")
+            layers: dict[str, list[int]] = {}
+            for layer in map(int, np.flatnonzero(missing.any(0))):
+                why = _no_curve(layouts[layer].grid) if name == "fourier_amplitude" else ""
+                layers.setdefault(why, []).append(layer)
+            for why, found in layers.items():
+                which = layers_in_words(found)
+                if len(values) > 1:
+                    lost = int(missing[:, found].any(1).sum())
+                    which += f" in {lost} of {len(values)} images"
+                notes.append(f"{model}: {MEASURES[name].title} is undefined for {which}{why}.")
 
 
 class Attention:
-    """Attention of every head of all models."""
+    """Attention of every head of all models.
 
-    def __init__(self, models: Sequence[Model], measures: Sequence[str]) -> None:
-        self.models = models
-        self.measures = measures
-        self.by_model = {
-            model.name: {name: ATTENTION[name]() for name in measures} for model in models
+    Args:
+        models: those without attention have no numbers here.
+        measures: names; of each a model gives what its attention layers allow.
+        asked: those of them that at least one model must give.
+
+    Raises:
+        MeasureError: a measure asked for that no model can give.
+    """
+
+    def __init__(
+        self, models: Sequence[Model], measures: Sequence[str], asked: Collection[str]
+    ) -> None:
+        self.refused = {model.name: refusals(model.anatomy, measures) for model in models}
+        self.models = [model for model in models if model.anatomy.sites]
+        closed = {
+            model.name: {
+                name: {
+                    layer
+                    for part in self.refused[model.name]
+                    if name in part.measures
+                    for layer in part.layers
+                }
+                for name in measures
+            }
+            for model in self.models
         }
+        self.measures = [
+            name
+            for name in measures
+            if any(len(closed[m.name][name]) < len(m.anatomy.sites) for m in self.models)
+        ]
+        self._check(asked)
+        self.by_model = {
+            model.name: {name: ATTENTION[name]() for name in self.measures} for model in self.models
+        }
+        self._closed = closed
 
-    def update(self, model: Model, chunk: AttentionChunk) -> None:
-        """Add some rows of one block of a model."""
-        for measure in self.by_model[model.name].values():
-            measure.update(chunk)
+    def _check(self, asked: Collection[str]) -> None:
+        missing = [name for name in asked if name not in self.measures]
+        if missing:
+            reasons = [
+                f"{model} has {in_words([part for part in found if missing[0] in part.measures])}"
+                for model, found in self.refused.items()
+            ]
+            raise MeasureError(
+                f"no model here can give '{missing[0]}': {'; '.join(reasons)}. Leave "
+                f"{join([repr(name) for name in missing])} out of the measures"
+            )
+
+    def update(self, model: str, chunk: AttentionChunk) -> None:
+        """Add some rows of one attention layer of a model."""
+        for name, measure in self.by_model[model].items():
+            if chunk.layer not in self._closed[model][name]:
+                measure.update(chunk)
 
     def dataset(self, images: Sequence[str], notes: list[str]) -> xr.Dataset:
         """The `attention` group."""
-        units: list[Unit] = []
         values: dict[str, list[np.ndarray]] = {name: [] for name in self.measures}
         undefined: dict[str, list[np.ndarray]] = {name: [] for name in self.measures}
         uniform: dict[str, list[float]] = {name: [] for name in self.measures}
+        level = UniformLevels()
         for model in self.models:
-            geometry = plain(model.anatomy)
-            seen: dict[int, int] = {}
             for name, measure in self.by_model[model.name].items():
-                level = measure.uniform(geometry.query_xy, geometry.key_xy, geometry.key_prefix)
                 layers = measure.compute()
-                for layer, (mean, missing) in layers.items():
-                    columns = mean.shape[1]
-                    values[name].append(mean)
-                    undefined[name].append(missing)
-                    uniform[name] += [math.nan if level is None else level] * columns
-                    if name not in PER_BLOCK:
-                        seen[layer] = columns
-                _note_rows(model, measure, layers.values(), notes)
-            units += [(model.name, i, head) for i in sorted(seen) for head in range(seen[i])]
+                for layer, site in enumerate(model.anatomy.sites):
+                    columns = 1 if name in PER_BLOCK else site.heads
+                    found = layers.get(layer, _nothing(len(images), columns))
+                    values[name].append(found.mean)
+                    undefined[name].append(found.undefined_rows)
+                    uniform[name] += [level(name, site) if layer in layers else math.nan] * columns
+                if layers:
+                    _note_rows(model, measure, layers.values(), notes)
+        sites = [(m.name, i, site) for m in self.models for i, site in enumerate(m.anatomy.sites)]
         return attention_dataset(
-            units,
+            [(name, layer, head) for name, layer, site in sites for head in range(site.heads)],
             images,
             values=_joined(values),
             undefined_rows=_joined(undefined),
@@ -336,16 +379,28 @@ class Attention:
                 for name, levels in uniform.items()
                 if not np.isnan(levels).all()
             },
-            blocks=[
-                (model.name, block)
-                for model in self.models
-                for block in range(len(model.anatomy.blocks))
-            ],
+            blocks=[(name, layer) for name, layer, _ in sites],
         )
 
+    def note(self, notes: list[str]) -> None:
+        """What was refused, and what attention layers are that are not over patches."""
+        for name, found in self.refused.items():
+            if found:
+                notes.append(f"{name}: {in_words(found)}.")
+        for model in self.models:
+            notes += [f"{model.name}, {text}" for text in remarks(model.anatomy)]
 
-def _no_curve(grid: tuple[int, int]) -> str:
+
+def _nothing(images: int, columns: int) -> PerImage:
+    """The numbers of an attention layer that has none."""
+    shape = (images, columns)
+    return PerImage(np.full(shape, np.nan, np.float32), np.zeros(shape, np.int32))
+
+
+def _no_curve(grid: tuple[int, int] | None) -> str:
     """Why a grid has no Fourier curve, as the end of a sentence; empty where it has one."""
+    if grid is None:
+        return ": where its patches lie in the image is not known"
     try:
         fourier_log_amplitude(torch.zeros(1, math.prod(grid), 1), grid=grid)
     except MeasureError as error:

@@ -4,9 +4,9 @@ A `Comparison` holds four groups:
 
 - `similarity`: for each measure its value between every two features (a feature is one layer of one
   model), the standard error and the floor under permuted images, and the sums by which CKA merges;
-- `attention`: per-image means for every unit (a unit is one head of one block of one model), or for
-  every block where a measure fuses the heads, rows left undefined, and the value under uniform
-  attention that relative units divide by;
+- `attention`: per-image means for every unit (a unit is one head of one attention layer of one
+  model), or for every layer where a measure fuses the heads, rows left undefined, and the value
+  under uniform attention that relative units divide by; nothing of models without attention;
 - `tokens`: numbers of a feature, for every image or for all together;
 - `samples`: thumbnails and attention maps of the first images.
 """
@@ -27,6 +27,7 @@ from vitprobe import tables
 from vitprobe.datasets import by_head, columns, pair
 from vitprobe.errors import ResultError, suggest
 from vitprobe.files import replacing
+from vitprobe.measures.registry import ATTENTION
 from vitprobe.statistics import paired, quantile, t_interval
 
 FORMAT: Final = 2
@@ -93,19 +94,78 @@ class Comparison:
         return self.provenance["models"][self._index(name)]
 
     def grid(self, name: str) -> tuple[int, int]:
-        """Patches of a model's input, (rows, columns)."""
-        rows, columns = self.describe(name)["facts"]["grid"]["value"]
+        """Patches of a model's first layer, (rows, columns).
+
+        Raises:
+            ResultError: no model of that name, or its patches have no known order in the image.
+        """
+        rows, columns = self._of_first_layer(name, "grid")
         return rows, columns
 
     def patch_size(self, name: str) -> tuple[float, float]:
-        """Pixels of a model's input per patch, (height, width)."""
-        height, width = self.describe(name)["facts"]["patch_size"]["value"]
+        """Pixels of a model's input per patch of its first layer, (height, width).
+
+        Raises:
+            ResultError: as `grid`.
+        """
+        height, width = self._of_first_layer(name, "patch_size")
         return height, width
+
+    def _of_first_layer(self, name: str, what: str) -> Any:
+        description = self.describe(name)
+        layouts = description.get("layouts")
+        value = layouts[0][what] if layouts else description["facts"][what]["value"]
+        if value is None:
+            raise ResultError(f"the patches of '{name}' have no known order in the image")
+        return value
 
     def input_size(self, name: str) -> tuple[int, int, int]:
         """A model's input, (channels, height, width)."""
         channels, height, width = self.describe(name)["input_size"]
         return channels, height, width
+
+    def attention_layers(self, name: str) -> list[dict[str, Any]]:
+        """What is known of each attention layer of a model, in the order of `layer`.
+
+        `path` of its module, the `block` it lies in, its `kind` ("global", "windows", "pooled
+        keys", "class token", "channels" or "unknown places"), `heads`, `windows`, `queries` and
+        `keys` of one window, what its rows are `over`, why it has `no_distance`, and a `note`.
+        Empty for a model without attention.
+
+        Raises:
+            ResultError: no model of that name.
+        """
+        description = self.describe(name)
+        if "attention" in description:
+            return list(description["attention"])
+        # Of a result from before attention layers were recorded, each is a block.
+        group = self.tree.children.get("attention")
+        units = xr.Dataset() if group is None else group.to_dataset()
+        own = units["layer"].values[units["model"].values == name] if units else np.zeros(0, int)
+        layers, heads = np.unique(own, return_counts=True)
+        return [
+            {"block": int(layer), "kind": "global", "over": "tokens", "heads": int(count)}
+            for layer, count in zip(layers, heads, strict=True)
+        ]
+
+    def measured(self, measure: str) -> tuple[str, ...]:
+        """The models for which a measure has a value in at least one layer, in order.
+
+        Raises:
+            ResultError: a measure that is not in this result.
+        """
+        dataset = self._dataset(measure)
+        array = dataset[measure]
+        owners = {
+            "unit": "model",
+            "block": "block_model",
+            "feature": "model",
+            "feature_b": "model_b",
+        }
+        (column,) = owners.keys() & set(array.dims)
+        defined = array.notnull().any([dim for dim in array.dims if dim != column]).values
+        found = set(dataset[owners[column]].values[defined])
+        return tuple(name for name in self.models if name in found)
 
     def group_of(self, measure: str) -> str:
         """Which of `similarity`, `attention` and `tokens` a measure belongs to.
@@ -220,7 +280,8 @@ class Comparison:
     def attention(self, measure: str, name: str, *, relative: bool = False) -> xr.DataArray:
         """An attention measure averaged over images: (layer, head).
 
-        A measure that fuses the heads of a block has one head, 0.
+        Layers are the model's attention layers, in a plain Vision Transformer its blocks; nan where
+        a layer has no such measure. A measure that fuses the heads of a block has one head, 0.
 
         Args:
             measure: such as `attention_distance`.
@@ -228,10 +289,21 @@ class Comparison:
             relative: divide by the value under uniform attention on the same grid.
 
         Raises:
-            ResultError: measure or model not in this result, or a measure without relative units.
+            ResultError: measure or model not in this result, a model without attention, or a
+                measure without relative units.
         """
         self._check_group(measure, "attention")
         return self._mean(self.per_image(measure, name, relative=relative), "image")
+
+    def uniform(self, measure: str, name: str) -> xr.DataArray:
+        """The value of an attention measure under uniform attention: (layer,), nan where none.
+
+        Raises:
+            ResultError: as `attention`; and a measure without relative units.
+        """
+        self._check_group(measure, "attention")
+        self._check_units(measure, True)
+        return self._mean(self._uniform(measure, name), "head")
 
     def attention_distance(self, name: str, *, relative: bool = False) -> xr.DataArray:
         """Mean attention distance (layer, head), pixels of the model's input or relative."""
@@ -264,8 +336,8 @@ class Comparison:
         """A measure for every image: (image, layer, head), or (image, layer) of tokens.
 
         Raises:
-            ResultError: measure or model not in this result, a measure without relative units, or
-                one that is no number of an image.
+            ResultError: measure or model not in this result, a model without attention, a measure
+                without relative units, or one that is no number of an image.
         """
         if not self.is_per_image(measure):
             raise ResultError(f"'{measure}' is a number of all images together, not of each")
@@ -318,13 +390,21 @@ class Comparison:
             attrs={**attrs, "level": level, "model": name},
         )
 
-    def layer_images(self, measure: str, name: str, *, relative: bool = False) -> xr.DataArray:
+    def layer_images(
+        self, measure: str, name: str, *, relative: bool = False, patches: bool = False
+    ) -> xr.DataArray:
         """A measure for every image and layer, heads averaged: (image, layer) float64.
+
+        patches: leave out (nan) attention that is not between patches but over channels, or of the
+            class token alone, unless the measure is of the class token.
 
         Raises as `per_image`.
         """
         array = self.per_image(measure, name, relative=relative)
-        return self._mean(array, "head") if "head" in array.dims else array.astype(float)
+        if "head" not in array.dims:
+            return array.astype(float)
+        array = self._mean(array, "head")
+        return array.where(~array["layer"].isin(self._closed(measure, name))) if patches else array
 
     def fourier_curves(self, name: str, *, level: float = 0.95) -> xr.Dataset:
         """Relative log-amplitude of a model's tokens by frequency, with its interval over images.
@@ -367,6 +447,9 @@ class Comparison:
     ) -> xr.Dataset:
         """Model a minus model b, paired over the images where both are defined.
 
+        Of attention over patches: other attention of a model (over channels, or of its class token
+        alone) is left out, unless the measure is of the class token.
+
         Args:
             measure: an attention or token measure that is kept for every image.
             a: name of a model.
@@ -379,7 +462,7 @@ class Comparison:
             of no layers where the two models differ in depth. The attributes `overall_value`,
             `overall_low`, `overall_high` and `overall_p` are of the mean over heads and layers:
             those layers of an image that are defined in both models, or, where they differ in
-            depth, the images with all layers defined.
+            depth, the images with all layers defined that can be.
             An interval that contains 0 means that the two cannot be told apart.
 
         Raises:
@@ -387,13 +470,20 @@ class Comparison:
         """
         if relative is None:
             relative = self.needs_relative(measure, (a, b))
-        first, second = (self.layer_images(measure, name, relative=relative) for name in (a, b))
+        first, second = (
+            self.layer_images(measure, name, relative=relative, patches=True) for name in (a, b)
+        )
         equal = np.array_equal(first["layer"], second["layer"])
         if equal:
             # Means of the two models are over the same layers, image by image.
             both = first.notnull() & second.notnull()
             first, second = first.where(both), second.where(both)
         else:
+            # Layers that cannot have such a number make no image incomplete.
+            first, second = (
+                array.drop_sel(layer=self._closed(measure, name))
+                for array, name in ((first, a), (second, b))
+            )
             whole = (array.notnull().all("layer") for array in (first, second))
             first, second = (
                 array.where(kept) for array, kept in zip((first, second), whole, strict=True)
@@ -423,9 +513,12 @@ class Comparison:
         """
         if f"{measure}_uniform" not in self._dataset(measure):
             return False
-        levels = np.concatenate([self._uniform(measure, name).values.ravel() for name in names])
-        levels = levels[~np.isnan(levels)]
-        return len(levels) > 0 and not np.allclose(levels, levels[0], rtol=1e-6)
+        attending = [name for name in names if self.attention_layers(name)]
+        found = [self._columns(measure, f"{measure}_uniform", name).values for name in attending]
+        # Layers of one model may differ: those of its windows, those of its stages.
+        levels = [{f"{level:.6g}" for level in values if np.isfinite(level)} for values in found]
+        levels = [values for values in levels if values]
+        return any(values != levels[0] for values in levels)
 
     def differences(
         self, measures: Sequence[str] | None = None, *, level: float = 0.95
@@ -505,6 +598,17 @@ class Comparison:
             )
         return self.models.index(name)
 
+    def _closed(self, measure: str, name: str) -> list[int]:
+        """Attention layers of a model that refuse a measure, or are not between patches."""
+        if self.group_of(measure) != "attention":
+            return []
+        parts = self.describe(name).get("refused", ())
+        closed = {i for part in parts if measure in part["measures"] for i in part["layers"]}
+        if ATTENTION[measure].asks != "class":
+            kinds = [layer["kind"] for layer in self.attention_layers(name)]
+            closed |= {i for i, kind in enumerate(kinds) if kind in ("channels", "class token")}
+        return sorted(closed)
+
     def _dataset(self, measure: str) -> xr.Dataset:
         return self.tree[self.group_of(measure)].to_dataset()
 
@@ -524,6 +628,10 @@ class Comparison:
 
     def _columns(self, measure: str, variable: str, name: str) -> xr.DataArray:
         self._index(name)
+        if self.group_of(measure) == "attention" and not self.attention_layers(name):
+            raise ResultError(
+                f"'{name}' has no attention: {self.describe(name).get('no_attention', '')}"
+            )
         return columns(self._dataset(measure), variable, name)
 
     def _uniform(self, measure: str, name: str) -> xr.DataArray:
@@ -585,6 +693,11 @@ def _check_whole(result: Comparison) -> None:
     named += [name for members in result.groups.values() for name in members]
     for name in named:
         result.describe(name)
+    for name in result.models:
+        for layer in result.attention_layers(name):
+            missing = {"block", "kind", "heads"} - layer.keys()
+            if missing:
+                raise KeyError(f"an attention layer of {name} has no {min(missing)}")
     for measure in (*result.measures, *([COMPANION] if "cka" in result.measures else [])):
         try:
             dataset = result.tree[result.group_of(measure)].to_dataset()
@@ -615,5 +728,8 @@ def _check_measure(result: Comparison, measure: str, dataset: xr.Dataset) -> Non
     for name in attrs:
         if name not in array.attrs:
             raise KeyError(f"its {measure} has no attribute {name}")
-    if set(dataset[coordinates[0]].values) != set(result.models):
+    models = set(result.models)
+    if group == "attention":
+        models = {name for name in models if result.attention_layers(name)}
+    if set(dataset[coordinates[0]].values) != models:
         raise ValueError("its models are not those that its provenance names")

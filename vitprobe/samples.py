@@ -21,19 +21,31 @@ THUMBNAIL: Final = 96
 
 
 class SampleMaps:
-    """Attention maps of the first images, as many query rows as fit in `SAMPLE_BYTES`."""
+    """Attention maps of the first images, as many query rows as fit in `SAMPLE_BYTES`.
+
+    Of the attention layers in which all tokens of the model's first layer attend to all of them;
+    nothing of windows, pooled keys and later stages.
+    """
 
     def __init__(self, model: Model) -> None:
-        anatomy = model.anatomy
-        self.prefix = anatomy.prefix_tokens
-        self.keys = self.prefix + anatomy.grid[0] * anatomy.grid[1]
-        heads = sum(count or 1 for count in anatomy.heads)
-        self.queries = _sample_queries(anatomy.grid, self.prefix, 2 * SAMPLES * heads * self.keys)
+        first = model.anatomy.residual[0]
+        self.prefix = first.prefix_tokens
+        self.keys = self.prefix + first.patches
+        self.heads = {
+            layer: site.heads
+            for layer, site in enumerate(model.anatomy.sites)
+            if first.grid is not None and site.whole and site.keys == self.keys
+        }
+        row_bytes = 2 * SAMPLES * sum(self.heads.values()) * self.keys
+        self.queries = np.zeros(0, int)
+        if self.heads and first.grid is not None:
+            self.queries = _sample_queries(first.grid, self.prefix, row_bytes)
         self.maps: dict[tuple[int, int], np.ndarray] = {}
 
     def update(self, chunk: AttentionChunk) -> None:
+        """Keep what of a chunk is of the first images."""
         images = min(chunk.log_p.shape[0], SAMPLES - chunk.first_image)
-        if images <= 0:
+        if images <= 0 or chunk.layer not in self.heads:
             return
         rows = self.queries - chunk.first_query
         inside = (rows >= 0) & (rows < chunk.log_p.shape[2])
@@ -46,7 +58,10 @@ class SampleMaps:
             )
             map_[:, inside] = attention[image]
 
-    def dataset(self) -> xr.Dataset:
+    def dataset(self) -> xr.Dataset | None:
+        """The maps of a model in the `samples` group; None where none were kept."""
+        if not self.maps:
+            return None
         layers = sorted({layer for layer, _ in self.maps})
         count = 1 + max(image for _, image in self.maps)
         heads = {layer: len(self.maps[layer, 0]) for layer in layers}

@@ -26,9 +26,9 @@ def tidy(result: Comparison, measure: str) -> pd.DataFrame:
 
     Similarity: model_a, layer_a, model_b, layer_b, the value, standard_error, low, high, floor;
     every pair of layers once, or both ways round where the measure is not symmetric.
-    Attention: model, layer, head, the mean over images, standard_error, low, high, the relative
-    value where there is one, images, undefined_rows. Tokens: model, layer, the value,
-    standard_error, low, high, and images where there is a number of each.
+    Attention, of models that have some: model, layer, head, the mean over images, standard_error,
+    low, high, the relative value where there is one, images, undefined_rows. Tokens: model, layer,
+    the value, standard_error, low, high, and images where there is a number of each.
 
     Raises:
         ResultError: a measure that is not in this result.
@@ -36,7 +36,10 @@ def tidy(result: Comparison, measure: str) -> pd.DataFrame:
     group = result.group_of(measure)
     if group == "similarity":
         return _similarity(result, measure)
-    parts = [_of_model(result, measure, name) for name in result.models]
+    names = result.models
+    if group == "attention":
+        names = tuple(name for name in names if result.attention_layers(name))
+    parts = [_of_model(result, measure, name) for name in names]
     return pd.concat(parts, ignore_index=True)
 
 
@@ -113,8 +116,9 @@ def differences(result: Comparison, measures: Sequence[str] | None, level: float
     """
     rows = []
     for measure in _chosen(result, measures, paired=True):
+        measured = result.measured(measure)
         for a, b in pairs(result):
-            if not _comparable(result, measure, (a, b)):
+            if not {a, b} <= set(measured) or not _comparable(result, measure, (a, b)):
                 continue
             found = result.difference(measure, a, b, level=level).attrs
             if found["images"] == 0:
@@ -303,9 +307,13 @@ def _seeds(result: Comparison, measure: str) -> tuple[str, dict[str, np.ndarray]
     members = [name for names in groups.values() for name in names]
     relative = result.needs_relative(measure, members)
     values = {}
+    units = result.tree[result.group_of(measure)][measure].attrs["units"]
     for name in members:
+        if name not in result.measured(measure):
+            values[name] = np.nan
+            continue
         if result.is_per_image(measure):
-            array = result.layer_images(measure, name, relative=relative)
+            array = result.layer_images(measure, name, relative=relative, patches=True)
             # As in a difference of models: layers are averaged within each image, then images.
             mean = array.mean("layer", keep_attrs=True)
         else:
@@ -318,10 +326,12 @@ def _seeds(result: Comparison, measure: str) -> tuple[str, dict[str, np.ndarray]
 
 def _comparable(result: Comparison, measure: str, names: Iterable[str]) -> bool:
     """Whether models share what the values of a measure depend on."""
-    facts = [result.describe(name)["facts"] for name in names]
+    facts = [
+        {key: fact["value"] for key, fact in result.describe(name)["facts"].items()}
+        for name in names
+    ]
     return all(
-        all(fact[key]["value"] == facts[0][key]["value"] for fact in facts)
-        for key in MEASURES[measure].alike
+        all(fact.get(key) == facts[0].get(key) for fact in facts) for key in MEASURES[measure].alike
     )
 
 

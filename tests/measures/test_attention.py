@@ -402,7 +402,7 @@ def test_merging_is_a_union_of_images(name):
 def test_relative_units_are_one_under_uniform_attention(name):
     uniform = torch.full((1, 2, 14, 14), 1 / 14)
     centres = grid_positions((3, 4), 16)
-    level = STREAMING[name].uniform(centres, centres, 2)
+    level = STREAMING[name].uniform(next(chunks(uniform, 2, (3, 4))))
     found = stream(name, chunks(uniform, 2, (3, 4))).mean
     if name.startswith("rollout"):
         # Half of each token stays where it is, or more where heads are fused by their sum.
@@ -414,9 +414,9 @@ def test_relative_units_are_one_under_uniform_attention(name):
 
 
 def test_one_patch_has_no_relative_units():
-    centre = grid_positions((1, 1), 16)
+    (alone,) = chunks(torch.ones(1, 1, 1, 1), 0, (1, 1))
     for name, cls in STREAMING.items():
-        assert cls.uniform(centre, centre, 0) is None, name
+        assert cls.uniform(alone) is None, name
 
 
 @pytest.mark.parametrize("fused", [True, False])

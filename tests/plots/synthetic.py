@@ -40,6 +40,8 @@ class Subject:
     sink: np.ndarray | None = None
     share: np.ndarray | None = None  # (depth + 1,)
     tokens: Mapping[str, np.ndarray] = field(default_factory=dict)  # (n, depth + 1) by measure
+    kinds: tuple[str, ...] = ()  # of its attention layers; global where none are given
+    no_attention: str = ""  # why it has none
     extra: dict[str, Any] = field(default_factory=dict)
 
     def uniform_distance(self) -> float:
@@ -89,8 +91,36 @@ class Subject:
             "input_size": [3, *(int(side * self.patch) for side in self.grid)],
             "nonfinite": [],
             "training": None,
+            **self._attention(),
             **self.extra,
         }
+
+    def _attention(self) -> dict[str, Any]:
+        """What a result records of attention layers, where they are not one global one a block."""
+        if self.no_attention:
+            measures = [name for name, info in MEASURES.items() if info.group == "attention"]
+            refused = [{"measures": measures, "layers": [], "reason": self.no_attention}]
+            return {"attention": [], "no_attention": self.no_attention, "refused": refused}
+        if not self.kinds:
+            return {}
+        reasons = {
+            "channels": "it attends over channels",
+            "class token": "its only query is the class token",
+        }
+        refused = [
+            {
+                "measures": ["attention_distance", "sink_mass"],
+                "layers": [i for i, other in enumerate(self.kinds) if other == kind],
+                "reason": reasons[kind],
+            }
+            for kind in dict.fromkeys(self.kinds)
+            if kind in reasons
+        ]
+        layers = [
+            {"path": f"a.{i}", "block": None, "kind": kind, "heads": self.heads, "key_prefix": 0}
+            for i, kind in enumerate(self.kinds)
+        ]
+        return {"attention": layers, "no_attention": "", "refused": refused}
 
 
 def comparison(
@@ -278,6 +308,7 @@ def _fourier(subjects: Mapping[str, Subject], ends: np.ndarray) -> FourierArrays
 def _attention(
     subjects: Mapping[str, Subject], measures: list[str], images: int, rng: np.random.Generator
 ) -> Any:
+    subjects = {name: subject for name, subject in subjects.items() if not subject.no_attention}
     blocks = [(name, block) for name, subject in subjects.items() for block in range(subject.depth)]
     units = [(name, block, h) for name, block in blocks for h in range(subjects[name].heads)]
     columns: dict[str, list[np.ndarray]] = {measure: [] for measure in measures}
@@ -312,6 +343,9 @@ def _attention(
                 values = np.clip(ramp + own + spread, 0.02, 1.1)
                 if measure == "sink_mass":
                     values = np.clip(values - 0.4, 0, 1) if subject.prefix else values * 0
+            if subject.kinds and measure in ("attention_distance", "sink_mass"):
+                nowhere = np.isin(subject.kinds, ("channels", "class token"))
+                values = np.where(nowhere[:, None], np.nan, values)
             values = np.broadcast_to(values, shape) * scale.get(measure, 1.0)
             columns[measure].append(values.reshape(images, -1).astype(np.float32))
             if measure in scale:

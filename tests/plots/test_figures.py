@@ -515,3 +515,64 @@ def test_shorten_keeps_both_ends():
     assert len(cut) <= 20
     assert cut.startswith("DINOv2")
     assert cut.endswith("sters")
+
+
+@pytest.fixture(scope="module")
+def families():
+    """A plain model, one of channel and class attention, one in windows, and a network without."""
+    subjects = {
+        "ViT": Subject(depth=4),
+        "XCiT": Subject(depth=3, kinds=("global", "channels", "class token"), prefix=0),
+        "conv": Subject(depth=2, no_attention="it is convolutional"),
+    }
+    return comparison(subjects, measures=(*ALL, "rollout_distance"))
+
+
+def test_models_without_attention_are_left_out_of_its_figures(families):
+    for measure in ("attention_distance", "attention_entropy", "rollout_distance"):
+        ax = plots.attention_overlay(families, measure)
+        assert [line.get_label() for line in ax.lines if line.get_label() in families.models] == [
+            "ViT",
+            "XCiT",
+        ]
+    rows = plots.attention_panels(families, "attention_entropy").axes
+    assert [ax.get_title(loc="left") for ax in rows if ax.get_title(loc="left")] == ["ViT", "XCiT"]
+    with pytest.raises(ResultError, match="'conv' has no attention: it is convolutional"):
+        plots.attention_entropy(families, "conv")
+
+
+def test_layers_that_are_no_blocks_are_called_attention_layers(families, alike):
+    assert plots.attention_overlay(families, "sink_mass").get_xlabel() == "Attention layer"
+    assert plots.attention_overlay(alike, "sink_mass").get_xlabel() == "Block"
+    assert plots.attention_entropy(families, "ViT").get_xlabel() == "Block"
+    assert plots.attention_entropy(families, "XCiT").get_xlabel() == "Attention layer"
+
+
+def test_attention_that_is_not_between_patches_is_hollow(families):
+    def hollow(measure):
+        ax = plots.attention_overlay(families, measure)
+        lines = [line for line in ax.lines if line.get_markerfacecolor() == "white"]
+        return [
+            float(x)
+            for line in lines
+            for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)
+            if np.isfinite(y)
+        ]
+
+    assert hollow("attention_entropy") == [1, 2]
+    assert hollow("attention_distance") == []
+
+
+def test_uniform_attention_is_drawn_layer_by_layer_where_layers_differ():
+    result = comparison({"A": Subject(depth=3, kinds=("windows", "windows", "global"))})
+    dataset = result.tree["attention"].to_dataset().copy(deep=True)
+    levels = np.repeat([20.0, 40.0, 80.0], 3)
+    dataset["attention_distance_uniform"] = ("unit", levels)
+    result = Comparison.assemble({"attention": dataset}, result.provenance)
+    ax = plots.attention_distance(result, "A")
+    (dashes,) = (
+        c for c in ax.collections if isinstance(c, LineCollection) and len(c.get_paths()) == 3
+    )
+    assert [path.vertices[0, 1] for path in dashes.get_paths()] == [20, 40, 80]
+    relative = plots.attention_distance(result, "A", relative=True)
+    assert any(np.allclose(line.get_ydata(), 1) for line in relative.lines)

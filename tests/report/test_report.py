@@ -531,3 +531,33 @@ def test_inline_svg_merges_what_looks_the_same():
         '<path d="M 1 0 L 1 9M 2 0 L 2 9" clip-path="url(#f-c)" '
         'style="fill: none; stroke: #123456"/>'
     ) in found
+
+
+def test_what_was_refused_is_on_the_page_with_its_reason(tmp_path):
+    subjects = {
+        "ViT": Subject(depth=4),
+        "XCiT": Subject(depth=3, kinds=("global", "channels", "class token"), prefix=0),
+        "conv": Subject(depth=2, no_attention="it is convolutional"),
+    }
+    html = report(comparison(subjects, images=8), tmp_path / "out").read_text(encoding="utf-8")
+    assert "<h3>Not measured</h3>" in html
+    assert "conv has no attention: it is convolutional." in html
+    rows = re.findall(r"<tr><td data-label=\"Model\">(.*?)</tr>", html)
+    texts = [re.sub(r"<[^>]+>", "|", row) for row in rows]
+    assert any("XCiT" in row and "|1|" in row and "over channels" in row for row in texts)
+    assert any("conv" in row and "has none" in row for row in texts)
+    assert "Hollow: not between patches (over channels in attention layer 1 of XCiT and" in html
+    assert "figures/attention_entropy_conv" not in html
+    assert "3: 1 global, 1 over channels, 1 of the class token" in html
+
+
+def test_windows_are_said_to_bound_uniform_attention(tmp_path):
+    subjects = {
+        "ViT": Subject(depth=4),
+        "Swin": Subject(depth=3, grid=(7, 7), patch=32, kinds=("windows",) * 3),
+    }
+    result = comparison(subjects, images=8)
+    html = report(result, tmp_path / "out").read_text(encoding="utf-8")
+    assert "which in the windows of Swin means everywhere in its window" in html
+    assert "attends most locally for its reach" in html
+    assert re.search(r"In pixels, windows and all: .*px in ViT and .*px in Swin\.", html)

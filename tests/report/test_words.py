@@ -12,8 +12,6 @@ from vitprobe.report.words import (
     bracket,
     count,
     digits_of,
-    join,
-    layers_in_words,
     number,
     p_value,
     percent,
@@ -23,6 +21,7 @@ from vitprobe.report.words import (
     two_digits,
     with_minus,
 )
+from vitprobe.wording import join, layers_in_words
 
 
 @pytest.mark.parametrize(

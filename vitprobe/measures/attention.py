@@ -18,7 +18,6 @@ import math
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from vitprobe.errors import MeasureError
@@ -211,12 +210,11 @@ class AttentionDistance(RowMeasure):
         bounds=(0, math.inf),
     )
 
+    asks = "places"
+    relative = True
+
     def rows(self, chunk: AttentionChunk) -> Tensor:
         return expected_distance(chunk.renormalized, chunk.distance)
-
-    @classmethod
-    def uniform(cls, query_xy: Tensor, key_xy: Tensor, key_prefix: int) -> float | None:
-        return uniform_distance(query_xy, key_xy) or None
 
 
 class RawAttentionDistance(RowMeasure):
@@ -250,13 +248,11 @@ class RawAttentionDistance(RowMeasure):
         bounds=(0, math.inf),
     )
 
+    asks = "places"
+    relative = True
+
     def rows(self, chunk: AttentionChunk) -> Tensor:
         return expected_distance(chunk.patch_log_p.exp(), chunk.distance)
-
-    @classmethod
-    def uniform(cls, query_xy: Tensor, key_xy: Tensor, key_prefix: int) -> float | None:
-        share = len(key_xy) / (len(key_xy) + key_prefix)
-        return share * uniform_distance(query_xy, key_xy) or None
 
 
 def _quantile_info(name: str, percent: int) -> Info:
@@ -291,16 +287,12 @@ def _quantile_info(name: str, percent: int) -> Info:
 
 
 class _AttentionDistanceQuantile(RowMeasure):
+    asks = "places"
+    relative = True
     quantile: ClassVar[float]
 
     def rows(self, chunk: AttentionChunk) -> Tensor:
         return distance_quantile(chunk.within, self.quantile)
-
-    @classmethod
-    def uniform(cls, query_xy: Tensor, key_xy: Tensor, key_prefix: int) -> float | None:
-        distance = pairwise_distance(query_xy, key_xy)
-        rows = torch.full_like(distance, 1 / len(key_xy))
-        return float(distance_quantile(mass_within(rows, distance), cls.quantile).mean()) or None
 
 
 class AttentionDistanceQ10(_AttentionDistanceQuantile):
@@ -351,6 +343,8 @@ class SinkMass(RowMeasure):
         elsewhere="Not reported by mae-lite, Raghu et al. or cl-vs-mim, whose distances hide it.",
         bounds=(0, 1),
     )
+
+    asks = "patches"
 
     def rows(self, chunk: AttentionChunk) -> Tensor:
         return chunk.log_p[..., chunk.query_prefix :, : chunk.key_prefix].exp().sum(-1)

@@ -59,6 +59,13 @@ class Info:
     """What models must have in common for their values to be comparable; lists of differences leave
     out the others."""
 
+    @property
+    def in_text(self) -> str:
+        """The title inside a sentence: `attention distance`, but `RankMe`."""
+        first = self.title.split()[0]
+        small = first[1:] == first[1:].lower()
+        return f"{self.title[0].lower()}{self.title[1:]}" if small else self.title
+
 
 class Measure(ABC):
     """A streaming measure: a sum of sufficient statistics.

@@ -38,20 +38,23 @@ class AttentionChunk:
     """How many leading queries of this chunk are prefix tokens."""
     key_prefix: int
     """How many leading keys are prefix tokens."""
-    query_xy: Tensor
-    """(queries - query_prefix, 2), centres in pixels of the model's input."""
-    key_xy: Tensor
-    """(keys - key_prefix, 2), centres in pixels of the model's input."""
+    query_xy: Tensor | None
+    """(queries - query_prefix, 2), centres in pixels of the model's input; None: not known."""
+    key_xy: Tensor | None
+    """(keys - key_prefix, 2), centres in pixels of the model's input; None: not known."""
     layer: int
-    """Block the attention belongs to, from 0."""
+    """Attention layer, from 0: in a plain Vision Transformer the block."""
     first_image: int = 0
     """Index, in the whole run, of the first image of this chunk."""
     first_query: int = 0
-    """Index, among the layer's queries, of the first query of this chunk."""
+    """Index of the first query of this chunk among the layer's, those of one window after those of
+    another."""
     queries: int | None = None
-    """How many queries the layer has in all; None: this chunk has all of them."""
+    """How many queries the layer has in all its windows; None: this chunk has all of them."""
     class_token: bool = True
     """Whether the first prefix token, where there is one, is a class token."""
+    whole: bool = True
+    """Whether the layer is one map of all patches that attend to all patches."""
 
     @cached_property
     def has_nan(self) -> bool:
@@ -75,8 +78,22 @@ class AttentionChunk:
 
     @cached_property
     def distance(self) -> Tensor:
-        """(patch queries, patch keys) distances between centres, in pixels."""
+        """(patch queries, patch keys) distances between centres, in pixels.
+
+        Raises MeasureError where it is not known where they lie.
+        """
+        if self.query_xy is None or self.key_xy is None:
+            raise MeasureError(
+                f"where the queries and keys of attention layer {self.layer} lie is not known, so "
+                "they have no distance"
+            )
         return pairwise_distance(self.query_xy, self.key_xy)
+
+    @property
+    def of_class_token(self) -> bool:
+        """Whether the layer's only query is a class token, which is among the keys alone."""
+        queries = self.log_p.shape[2] if self.queries is None else self.queries
+        return queries == 1 and self.query_prefix == 0 < self.key_prefix and self.query_xy is None
 
     @cached_property
     def within(self) -> tuple[Tensor, Tensor]:
@@ -191,6 +208,7 @@ class PerImage(NamedTuple):
 
 
 Needs = Literal["rows", "heads", "map"]
+Asks = Literal["rows", "patches", "places", "class"]
 _SUMS = np.dtype([("total", np.float32), ("defined", np.int32), ("undefined", np.int32)])
 
 
@@ -204,7 +222,13 @@ class AttentionMeasure(Measure):
     info: ClassVar[Info]
     needs: ClassVar[Needs]
     """What a chunk must hold together: `rows`, any part of the queries and heads; `heads`, all
-    heads of a row; `map`, all heads and all queries of an image, which may come in parts."""
+    heads of a row; `map`, all heads and all queries of an image, which may come in parts, of a
+    layer that is one map of all patches."""
+    asks: ClassVar[Asks] = "rows"
+    """What the queries and keys of a layer must be: `rows`, anything; `patches`, tokens of the
+    image; `places`, tokens whose centres are known; `class`, a class token among the queries."""
+    relative: ClassVar[bool] = False
+    """Whether the value under uniform attention is a unit."""
     per_block: ClassVar[bool] = False
     """One number a block, its heads fused: arrays are (images, 1)."""
 
@@ -212,8 +236,12 @@ class AttentionMeasure(Measure):
         self._sums = ByImage(self.info.name, _SUMS)
 
     @classmethod
-    def uniform(cls, query_xy: Tensor, key_xy: Tensor, key_prefix: int) -> float | None:
-        """The value under uniform attention, which relative units divide by; None: no such unit."""
+    def uniform(cls, chunk: AttentionChunk) -> float | None:
+        """The value under uniform attention, which relative units divide by; None: no such unit.
+
+        Args:
+            chunk: uniform attention of a whole layer, or of one of its windows.
+        """
         return None
 
     def update(self, chunk: AttentionChunk) -> None:
@@ -268,6 +296,13 @@ class RowMeasure(AttentionMeasure):
     def rows(self, chunk: AttentionChunk) -> Tensor:
         """(images, heads, rows) values, nan where a row is undefined."""
 
+    @classmethod
+    def uniform(cls, chunk: AttentionChunk) -> float | None:
+        if not cls.relative:
+            return None
+        level = float(mean_of_defined(cls().rows(chunk).flatten()))
+        return level if level > 0 else None
+
     def _add(self, chunk: AttentionChunk) -> None:
         rows = self.rows(chunk)
         defined = ~rows.isnan()
@@ -309,6 +344,10 @@ class MapMeasure(AttentionMeasure):
         """The numbers of the images of a map that is whole; `chunk` is its last part."""
 
     def _add(self, chunk: AttentionChunk) -> None:
+        if not chunk.whole:
+            raise MeasureError(
+                f"{self.info.name}: attention layer {chunk.layer} is not one map of all patches"
+            )
         images, _, rows, _ = chunk.log_p.shape
         key = chunk.layer, chunk.first_image
         before = self._unfinished.pop(key, None)

@@ -109,12 +109,10 @@ class AttentionEntropy(RowMeasure):
         bounds=(0, math.inf),
     )
 
+    relative = True
+
     def rows(self, chunk: AttentionChunk) -> Tensor:
         return chunk.entropy
-
-    @classmethod
-    def uniform(cls, query_xy: Tensor, key_xy: Tensor, key_prefix: int) -> float | None:
-        return math.log(len(key_xy)) or None
 
 
 class RawAttentionEntropy(RowMeasure):
@@ -148,13 +146,10 @@ class RawAttentionEntropy(RowMeasure):
         bounds=(0, math.inf),
     )
 
+    relative = True
+
     def rows(self, chunk: AttentionChunk) -> Tensor:
         return row_entropy(chunk.patch_log_p.exp())
-
-    @classmethod
-    def uniform(cls, query_xy: Tensor, key_xy: Tensor, key_prefix: int) -> float | None:
-        tokens = len(key_xy) + key_prefix
-        return len(key_xy) / tokens * math.log(tokens) or None
 
 
 class AllTokensAttentionEntropy(RowMeasure):
@@ -182,12 +177,10 @@ class AllTokensAttentionEntropy(RowMeasure):
         bounds=(0, math.inf),
     )
 
+    relative = True
+
     def rows(self, chunk: AttentionChunk) -> Tensor:
         return row_entropy(chunk.log_p.exp())
-
-    @classmethod
-    def uniform(cls, query_xy: Tensor, key_xy: Tensor, key_prefix: int) -> float | None:
-        return math.log(len(key_xy) + key_prefix) or None
 
 
 class ClassAttentionEntropy(RowMeasure):
@@ -222,11 +215,11 @@ class ClassAttentionEntropy(RowMeasure):
         bounds=(0, math.inf),
     )
 
+    asks = "class"
+    relative = True
+
     def rows(self, chunk: AttentionChunk) -> Tensor:
-        has_class = chunk.first_query == 0 and chunk.query_prefix > 0 and chunk.class_token
+        first = chunk.first_query == 0 and chunk.query_prefix > 0
+        has_class = (first and chunk.class_token) or chunk.of_class_token
         row = chunk.log_p[:, :, : int(has_class), chunk.key_prefix :]
         return row_entropy(torch.softmax(row, dim=-1))
-
-    @classmethod
-    def uniform(cls, query_xy: Tensor, key_xy: Tensor, key_prefix: int) -> float | None:
-        return math.log(len(key_xy)) or None

@@ -28,7 +28,6 @@ from vitprobe.measures.chunks import (
     mean_of_defined,
     normalized,
     pairwise_distance,
-    uniform_distance,
 )
 
 Fusion = Literal["mean", "max"]
@@ -141,6 +140,8 @@ class RolloutDistance(MapMeasure):
         ),
         bounds=(0, math.inf),
     )
+    asks = "places"
+    relative = True
     per_block = True
     fusion: Fusion = "mean"
 
@@ -149,8 +150,8 @@ class RolloutDistance(MapMeasure):
         self._products: dict[int, tuple[int, Tensor]] = {}
 
     @classmethod
-    def uniform(cls, query_xy: Tensor, key_xy: Tensor, key_prefix: int) -> float | None:
-        return uniform_distance(query_xy, key_xy) or None
+    def uniform(cls, chunk: AttentionChunk) -> float | None:
+        return float(chunk.distance.mean()) or None
 
     def part(self, chunk: AttentionChunk) -> tuple[Tensor, ...]:
         return (_fused(chunk.log_p.exp(), self.fusion),)
@@ -167,6 +168,11 @@ class RolloutDistance(MapMeasure):
             )
         product = self._multiplied(chunk, _weights(fused))
         patches = normalized(product[:, chunk.key_prefix :, chunk.key_prefix :])
+        if chunk.key_xy is None:
+            raise MeasureError(
+                f"{self.info.name}: where the patches of attention layer {chunk.layer} lie is not "
+                "known"
+            )
         distance = pairwise_distance(chunk.key_xy, chunk.key_xy)
         rows = expected_distance(patches, distance)[:, None]
         value = mean_of_defined(rows).cpu().numpy()

@@ -207,26 +207,29 @@ class TokenMeasure(Measure):
         self._kept = ByImage(self.info.name, np.float32)
 
     @abstractmethod
-    def images(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    def images(self, tokens: Tensor, grid: tuple[int, int] | None) -> Tensor:
         """The number of each image: (n, patches, width) → (n,), nan where it is undefined."""
 
-    def update(self, layer: int, first_image: int, tokens: Tensor, grid: tuple[int, int]) -> None:
+    def update(
+        self, layer: int, first_image: int, tokens: Tensor, grid: tuple[int, int] | None
+    ) -> None:
         """Add images `first_image` … of one layer.
 
         Args:
             layer: counted from 0.
             first_image: index, in the whole run, of the first of them.
             tokens: patch tokens (n, patches, width), prefix tokens dropped, row-major.
-            grid: (rows, columns) of patches.
+            grid: (rows, columns) of patches; None where their order in the image is not known.
 
         Raises:
             MeasureError: tokens that do not fit the grid or are not finite, or an image that has
                 come before.
         """
-        if tokens.ndim != 3 or tokens.shape[1] != grid[0] * grid[1]:
+        if tokens.ndim != 3 or (grid is not None and tokens.shape[1] != grid[0] * grid[1]):
+            place = "" if grid is None else f" for a grid of {grid[0]} x {grid[1]} patches"
             raise MeasureError(
-                f"layer {layer} gives tokens of shape {tuple(tokens.shape)} for a grid of "
-                f"{grid[0]} x {grid[1]} patches; drop prefix tokens first"
+                f"layer {layer} gives tokens of shape {tuple(tokens.shape)}{place}; give (images, "
+                "patches, width), without prefix tokens"
             )
         if not torch.isfinite(tokens).all():
             raise MeasureError(f"features are NaN or infinite in layer {layer}")
@@ -234,7 +237,7 @@ class TokenMeasure(Measure):
             rows = self._rows(to_tensor(tokens), grid)
         self._kept.put(layer, first_image, rows.float().cpu().numpy())
 
-    def _rows(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _rows(self, tokens: Tensor, grid: tuple[int, int] | None) -> Tensor:
         """What is kept of each image, (n, k), its number last."""
         return self.images(tokens, grid)[:, None]
 
@@ -288,7 +291,7 @@ class TokenCosine(TokenMeasure):
         bounds=(-1, 1),
     )
 
-    def images(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    def images(self, tokens: Tensor, grid: tuple[int, int] | None) -> Tensor:
         return token_cosine(tokens)
 
 
@@ -336,7 +339,7 @@ class EffectiveRank(TokenMeasure):
         alike=("grid", "width"),
     )
 
-    def images(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    def images(self, tokens: Tensor, grid: tuple[int, int] | None) -> Tensor:
         return effective_rank(tokens)
 
 
@@ -370,7 +373,7 @@ class FeatureVariance(TokenMeasure):
         alike=("grid", "width"),
     )
 
-    def images(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    def images(self, tokens: Tensor, grid: tuple[int, int] | None) -> Tensor:
         return feature_variance(tokens)
 
 
@@ -412,7 +415,7 @@ class NormOutliers(TokenMeasure):
         bounds=(0, 0.5),
     )
 
-    def images(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    def images(self, tokens: Tensor, grid: tuple[int, int] | None) -> Tensor:
         return norm_outliers(tokens)
 
 
@@ -460,20 +463,22 @@ class FourierAmplitude(TokenMeasure):
         super().__init__()
         self._sides: dict[int, int] = {}
 
-    def images(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    def images(self, tokens: Tensor, grid: tuple[int, int] | None) -> Tensor:
         return self._rows(tokens, grid)[:, -1]
 
-    def update(self, layer: int, first_image: int, tokens: Tensor, grid: tuple[int, int]) -> None:
+    def update(
+        self, layer: int, first_image: int, tokens: Tensor, grid: tuple[int, int] | None
+    ) -> None:
         super().update(layer, first_image, tokens, grid)
-        if _no_diagonal(grid) is None:
+        if grid is not None and _no_diagonal(grid) is None:
             self._sides[layer] = grid[0]
 
     def merge(self, other: Self) -> None:
         super().merge(other)
         self._sides |= other._sides
 
-    def _rows(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        if _no_diagonal(grid) is not None:
+    def _rows(self, tokens: Tensor, grid: tuple[int, int] | None) -> Tensor:
+        if grid is None or _no_diagonal(grid) is not None:
             return tokens.new_full((len(tokens), 1), torch.nan)
         return _fourier_curves(tokens, grid[0])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,12 +16,16 @@ from vitprobe.plots.style import (
     INK,
     MUTED,
     PAGE,
+    attention_noun,
     axis_label,
     canvas,
     color_of,
     fit,
+    has_prefix,
     layer_ticks,
     legend_above,
+    look,
+    measured,
     shorten,
     style,
     subjects,
@@ -46,12 +50,14 @@ def attention_distance(
 ) -> Axes:
     """Draw the attention distance of every head of a model, block by block.
 
-    A point is a head (mean over images; heads keep their left-to-right order in every block), the
-    line through it is its 95 % interval over images, the box spans the middle half of the heads
-    around their median, and whiskers reach the extremes. The dashed line is the value under uniform
-    attention. In pixels of the model's input, or divided by the uniform value; the axis fits the
-    values and need not start at 0. Points are left out where they would merge (beyond 300). Without
-    `ax` a figure of one column width is made.
+    Of a model with several attention layers a block, or with blocks without any, by attention
+    layer. A point is a head (mean over images; heads keep their left-to-right order in every
+    block), the line through it is its 95 % interval over images, the box spans the middle half of
+    the heads around their median, and whiskers reach the extremes. The dashed line is the value
+    under uniform attention, layer by layer where layers differ in it. In pixels of the model's
+    input, or divided by the uniform value; the axis fits the values and need not start at 0. Points
+    are left out where they would merge (beyond 300). Without `ax` a figure of one column width is
+    made.
 
     Raises:
         ResultError: no such model, or the measure is not in the result.
@@ -89,11 +95,15 @@ def heads(
     """
     values = result.attention(measure, name, relative=relative)
     with canvas(ax, (COLUMN, 2.1)) as axes:
-        _boxes(
-            axes, values, result.interval(measure, name, relative=relative), color_of(result, name)
-        )
+        _boxes(axes, result, name, values, result.interval(measure, name, relative=relative))
         axes.set_title(shorten(name, 44))
-        _dress(axes, values, limits or limits_of(result, measure, (name,), relative=relative))
+        _dress(
+            axes,
+            result,
+            name,
+            values,
+            limits or limits_of(result, measure, (name,), relative=relative),
+        )
         _remark(axes, result, measure, name, relative)
     return axes
 
@@ -103,11 +113,12 @@ def attention_panels(
 ) -> Figure:
     """Draw one row a model: the measure beside the sink mass that renormalising hides.
 
-    All models share both scales; where their grids differ the measure is in relative units.
+    All models share both scales; where their grids differ the measure is in relative units. Models
+    that have no value of the measure have no row.
 
     models: which to draw; all but untrained twins unless given.
     """
-    models = subjects(result) if models is None else tuple(models)
+    models = measured(result, measure, subjects(result) if models is None else tuple(models))
     relative = result.needs_relative(measure, models)
     columns = [measure]
     if measure != "sink_mass" and "sink_mass" in result.measures:
@@ -127,11 +138,14 @@ def attention_panels(
         )
         for i, (row, name) in enumerate(zip(axes, models, strict=True)):
             for ax, shown in zip(row, columns, strict=True):
+                if name not in measured(result, shown, models):
+                    ax.set_axis_off()
+                    continue
                 scaled = relative and shown == measure
                 values = result.attention(shown, name, relative=scaled)
                 ends = result.interval(shown, name, relative=scaled)
-                _boxes(ax, values, ends, color_of(result, name))
-                _dress(ax, values, limits[shown])
+                _boxes(ax, result, name, values, ends)
+                _dress(ax, result, name, values, limits[shown])
                 _remark(ax, result, shown, name, scaled)
                 if i < len(models) - 1:
                     ax.set_xlabel("")
@@ -146,25 +160,29 @@ def attention_overlay(result: Comparison, measure: str, *, ax: Axes | None = Non
     mean over images, block by block (pointwise). Beside it a thin bar spans the middle half of the
     heads, which is no uncertainty; there is none for a measure that fuses the heads, and none where
     bars would merge. In relative units where the models' grids differ, for pixels and nats of
-    different grids cannot be compared. Untrained twins are dashed and thin. Without `ax` a figure
-    of one column width is made.
+    different grids cannot be compared. A hollow point is of a layer whose attention is not between
+    patches (over channels, or of the class token alone). Untrained twins are dashed and thin, and
+    models that have no value of the measure are left out. Without `ax` a figure of one column width
+    is made.
 
     Raises:
         ResultError: the measure is not in the result.
     """
-    names = with_twins(result, subjects(result))
+    names = measured(result, measure, with_twins(result, subjects(result)))
     relative = result.needs_relative(measure, names)
     tables = {name: result.by_layer(measure, name, relative=relative) for name in names}
-    level = uniform(result, measure, names[0], relative=relative)
+    level = _shared([uniform(result, measure, name, relative=relative) for name in names])
     with canvas(ax, (COLUMN, 2.3)) as axes:
         drawn = curves(axes, result, tables)
         drawn += _spreads(axes, result, measure, relative)
+        for name, table in tables.items():
+            _hollow(axes, result, name, table)
         about = tables[names[0]].attrs
         longest = max((table["layer"].values for table in tables.values()), key=len)
         axes.set_xlim(longest[0] - 0.6, longest[-1] + 0.6)
         axes.set_xticks(layer_ticks(longest, 13))
-        axes.set_ylim(fit([*drawn, np.array(level)], from_zero=about["units"] == "share"))
-        axes.set_xlabel("Block")
+        axes.set_ylim(fit([*drawn, level], from_zero=about["units"] == "share"))
+        axes.set_xlabel(attention_noun(result, names).capitalize())
         axes.set_ylabel(axis_label(about["long_name"], about["units"]))
         axes.grid(axis="y", color=GRID, linewidth=0.5)
         axes.tick_params(axis="x", length=0)
@@ -174,20 +192,34 @@ def attention_overlay(result: Comparison, measure: str, *, ax: Axes | None = Non
     return axes
 
 
-def uniform(result: Comparison, measure: str, name: str, *, relative: bool = False) -> float:
-    """The value of a measure under uniform attention; nan where that has no meaning."""
+def uniform(result: Comparison, measure: str, name: str, *, relative: bool = False) -> np.ndarray:
+    """The value of a measure under uniform attention by layer; nan where that has no meaning."""
     try:
-        ratio = result.attention(measure, name, relative=True)
+        levels = result.uniform(measure, name).values
     except ResultError:
-        return float("nan")
-    if relative:
-        return 1.0
-    return float((result.attention(measure, name) / ratio).median())
+        return np.full(1, np.nan)
+    return np.where(np.isnan(levels), np.nan, 1.0) if relative else levels
+
+
+def _different(levels: Sequence[np.ndarray]) -> list[float]:
+    """The different finite values of some arrays."""
+    values = np.concatenate([*levels])
+    return list({f"{value:.6g}": float(value) for value in values if np.isfinite(value)}.values())
+
+
+def _shared(levels: Sequence[np.ndarray]) -> np.ndarray:
+    """One value where models have the same in all layers, theirs by layer where that is the same,
+    else nothing."""
+    values = _different(levels)
+    if len(values) == 1:
+        return np.array(values)
+    same = all(np.array_equal(level, levels[0], equal_nan=True) for level in levels)
+    return levels[0] if same else levels[0][:0]
 
 
 def _spreads(ax: Axes, result: Comparison, measure: str, relative: bool) -> list[np.ndarray]:
     """Bars of the middle half of the heads, side by side; returns their ends."""
-    names = subjects(result)
+    names = measured(result, measure, subjects(result))
     if len(names) > _MOST_BARS:
         return []
     offsets = (np.arange(len(names)) + 0.5 - len(names) / 2) * 0.7 / len(names)
@@ -207,16 +239,40 @@ def limits_of(
     result: Comparison, measure: str, models: Sequence[str], *, relative: bool
 ) -> tuple[float, float]:
     """The ends of an axis that holds every head of these models, and uniform attention."""
+    models = measured(result, measure, models)
     drawn = [result.attention(measure, name, relative=relative) for name in models]
     levels = [uniform(result, measure, name, relative=relative) for name in models]
-    from_zero = drawn[0].attrs["units"] == "share"
-    return fit([*(array.values for array in drawn), np.array(levels)], from_zero=from_zero)
+    from_zero = bool(drawn) and drawn[0].attrs["units"] == "share"
+    return fit([*(array.values for array in drawn), *levels], from_zero=from_zero)
+
+
+def _hollow(ax: Axes, result: Comparison, name: str, table: xr.Dataset) -> None:
+    """Hollow out the points of layers whose attention is not between patches."""
+    kinds = [layer["kind"] for layer in result.attention_layers(name)]
+    chosen = np.isin(kinds, ("channels", "class token"))
+    style = look(result, name)
+    if not chosen.any() or "marker" not in style:
+        return
+    points = table.isel(layer=np.flatnonzero(chosen))
+    ax.plot(
+        points["layer"].values,
+        points["value"].values,
+        style["marker"],
+        color=style["color"],
+        markerfacecolor="white",
+        markeredgewidth=0.8,
+        zorder=3,
+    )
 
 
 def _boxes(
-    ax: Axes, values: xr.DataArray, ends: tuple[xr.DataArray, xr.DataArray], color: str
+    ax: Axes,
+    result: Comparison,
+    name: str,
+    values: xr.DataArray,
+    ends: tuple[xr.DataArray, xr.DataArray],
 ) -> None:
-    layers = values["layer"].values
+    layers, color = values["layer"].values, color_of(result, name)
     finite = [row[np.isfinite(row)] for row in values.values]
     defined = [layer for layer, row in zip(layers, finite, strict=True) if row.size]
     ax.boxplot(
@@ -234,9 +290,12 @@ def _boxes(
     )
     if sum(row.size for row in finite) > _MOST_POINTS:
         return
-    count = values.sizes["head"]
-    offsets = np.linspace(-0.28, 0.28, count) if count > 1 else np.zeros(1)
-    x = (layers[:, None] + offsets).ravel()
+    x = np.full(values.shape, np.nan)
+    for row, layer in enumerate(result.attention_layers(name)):
+        # Layers may differ in heads.
+        count = min(layer["heads"], values.sizes["head"])
+        x[row, :count] = layers[row] + (np.linspace(-0.28, 0.28, count) if count > 1 else 0)
+    x = x.ravel()
     low, high = (end.values.ravel() for end in ends)
     told = np.isfinite(low) & np.isfinite(high)
     ax.vlines(x[told], low[told], high[told], color=color, lw=0.6, zorder=2.9)
@@ -252,12 +311,14 @@ def _boxes(
     )
 
 
-def _dress(ax: Axes, values: xr.DataArray, limits: tuple[float, float]) -> None:
+def _dress(
+    ax: Axes, result: Comparison, name: str, values: xr.DataArray, limits: tuple[float, float]
+) -> None:
     layers = values["layer"].values
     ax.set_xlim(layers[0] - 0.6, layers[-1] + 0.6)
     ax.set_xticks(layer_ticks(layers, 13))
     ax.set_ylim(limits)
-    ax.set_xlabel("Block")
+    ax.set_xlabel(attention_noun(result, (name,)).capitalize())
     ax.set_ylabel(axis_label(values.attrs["long_name"], values.attrs["units"]))
     ax.grid(axis="y", color=GRID, linewidth=0.5)
     ax.tick_params(axis="x", length=0)
@@ -265,21 +326,29 @@ def _dress(ax: Axes, values: xr.DataArray, limits: tuple[float, float]) -> None:
 
 def _remark(ax: Axes, result: Comparison, measure: str, name: str, relative: bool) -> None:
     """Add what the reader needs to judge the heights: uniform attention, or why all are zero."""
-    prefix = result.describe(name)["facts"]["prefix_tokens"]["value"]
-    if measure == "sink_mass" and prefix == 0:
+    if measure == "sink_mass" and not has_prefix(result, name):
         ax.text(0.5, 0.5, "no prefix tokens", transform=ax.transAxes, ha="center", color=MUTED)
     _uniform_line(ax, uniform(result, measure, name, relative=relative))
 
 
-def _uniform_line(ax: Axes, level: float) -> None:
-    if not np.isfinite(level):
+def _uniform_line(ax: Axes, levels: np.ndarray) -> None:
+    """A line at uniform attention, or one a layer where it differs between layers."""
+    finite = np.flatnonzero(np.isfinite(levels))
+    if not len(finite):
         return
-    ax.axhline(level, color=MUTED, linewidth=0.8, linestyle=(0, (3, 2)), zorder=1.5)
+    line: dict[str, Any] = {"color": MUTED, "lw": 0.8, "ls": (0, (3, 2)), "zorder": 1.5}
+    first = levels[finite[0]]
+    if len(_different([levels])) == 1:
+        ax.axhline(first, **line)
+        at: tuple[float, Any] = (0, ax.get_yaxis_transform())
+    else:
+        ax.hlines(levels[finite], finite - 0.42, finite + 0.42, **line)
+        at = (finite[0] - 0.42, ax.transData)
     ax.annotate(
         "uniform",
         # Early blocks are the local ones: at the left the label meets fewest heads.
-        (0, level),
-        xycoords=("axes fraction", "data"),
+        (at[0], first),
+        xycoords=at[1],
         xytext=(2, 1),
         textcoords="offset points",
         ha="left",

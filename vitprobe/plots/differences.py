@@ -134,7 +134,8 @@ def group_spread(result: Comparison, measure: str, *, ax: Axes | None = None) ->
 
 def _of_seed(result: Comparison, measure: str, name: str, relative: bool) -> float:
     if result.is_per_image(measure):
-        return float(result.layer_images(measure, name, relative=relative).mean("layer").mean())
+        images = result.layer_images(measure, name, relative=relative, patches=True)
+        return float(images.mean("layer").mean())
     return float(result.tokens(measure, name).mean())
 
 

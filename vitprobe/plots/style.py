@@ -97,6 +97,36 @@ def subjects(result: Comparison) -> tuple[str, ...]:
     return tuple(name for name in result.models if name not in twins)
 
 
+def measured(result: Comparison, measure: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Those of some models of which a measure was taken: all but those that refuse it wholly."""
+    return tuple(name for name in names if not _refuses(result, measure, name))
+
+
+def _refuses(result: Comparison, measure: str, name: str) -> bool:
+    if result.group_of(measure) != "attention":
+        return False
+    parts = result.describe(name).get("refused", ())
+    closed = {i for part in parts if measure in part["measures"] for i in part["layers"]}
+    return len(closed) == len(result.attention_layers(name))
+
+
+def attention_noun(result: Comparison, names: Sequence[str]) -> str:
+    """What the layers of attention of these models are: `block`, where each block has one."""
+    for name in names:
+        layers = result.attention_layers(name)
+        if [layer["block"] for layer in layers] != list(range(len(layers))):
+            return "attention layer"
+    return "block"
+
+
+def has_prefix(result: Comparison, name: str) -> bool:
+    """Whether a model attends to prefix tokens, without which there is no sink."""
+    layers = result.attention_layers(name)
+    if any("key_prefix" in layer for layer in layers):
+        return any(layer["key_prefix"] for layer in layers if layer["kind"] != "class token")
+    return bool(result.describe(name)["facts"]["prefix_tokens"]["value"])
+
+
 def with_twins(result: Comparison, names: Sequence[str]) -> tuple[str, ...]:
     """These models, and behind them the untrained twins they have."""
     twins = [result.references[name] for name in names if name in result.references]

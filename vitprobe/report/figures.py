@@ -15,7 +15,17 @@ from vitprobe import plots
 from vitprobe.measures.registry import MEASURES
 from vitprobe.plots.attention import heads, limits_of
 from vitprobe.plots.differences import forest
-from vitprobe.plots.style import COLORS, GRID, INK, MUTED, figure_of, subjects
+from vitprobe.plots.style import (
+    COLORS,
+    GRID,
+    INK,
+    MUTED,
+    attention_noun,
+    figure_of,
+    has_prefix,
+    measured,
+    subjects,
+)
 from vitprobe.report import findings
 
 if TYPE_CHECKING:
@@ -181,14 +191,14 @@ def draw(result: Comparison, folder: Path, lists: Lists) -> Pictures:
         relative = result.needs_relative(measure, subjects(result))
         limits = limits_of(result, measure, names, relative=relative)
         title = MEASURES[measure].title
-        for name in names:
-            if measure == "sink_mass" and not findings.has_prefix(result, name):
+        for name in measured(result, measure, names):
+            if measure == "sink_mass" and not has_prefix(result, name):
                 continue
             by_model[name].append(
                 _picture(
                     partial(heads, result, measure, name, relative=relative, limits=limits),
                     folder / f"{measure}_{slugs[name]}",
-                    f"{title} of every head by block",
+                    f"{title} of every head by {attention_noun(result, (name,))}",
                     [findings.trend(result, measure, name)],
                 )
             )
@@ -196,15 +206,15 @@ def draw(result: Comparison, folder: Path, lists: Lists) -> Pictures:
         wholes.append((f"{measure}_all", f"{title} of every head, all models"))
 
     def overlay(measure: str) -> Picture:
-        title = MEASURES[measure].title
-        fused = result.attention(measure, names[0]).sizes["head"] == 1
+        title, having = MEASURES[measure].title, measured(result, measure, subjects(result))
+        fused = result.attention(measure, having[0]).sizes["head"] == 1
         about = [] if measure in main else [MEASURES[measure].what]
         # What is the same in all other figures is said once above them.
         band = [findings.band_of_overlay(result, measure)] if measure in main or fused else []
         return _picture(
             partial(plots.attention_overlay, result, measure),
             folder / measure,
-            f"{title} by block, all models",
+            f"{title} by {attention_noun(result, having)}, all models",
             [*about, *band],
         )
 
@@ -253,7 +263,9 @@ def draw(result: Comparison, folder: Path, lists: Lists) -> Pictures:
             [findings.seeds(means, measure)],
         )
         for measure in [*main, *of_tokens]
-        if means is not None and findings.several_seeds(result)
+        if means is not None
+        and findings.several_seeds(result)
+        and (means["seeds"][means["measure"] == measure] > 0).all()
     ]
     return Pictures(
         tuple(pairs),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,14 @@ from markupsafe import Markup
 
 from vitprobe.measures.registry import MEASURES
 from vitprobe.plots.differences import UNDECIDED, rows_of
-from vitprobe.plots.style import color_index, kind_of, subjects
+from vitprobe.plots.style import (
+    attention_noun,
+    color_index,
+    has_prefix,
+    kind_of,
+    measured,
+    subjects,
+)
 from vitprobe.report import findings
 from vitprobe.report.words import (
     LEVEL,
@@ -19,7 +27,6 @@ from vitprobe.report.words import (
     bracket,
     count,
     digits_of,
-    join,
     number,
     of_difference,
     p_value,
@@ -28,6 +35,7 @@ from vitprobe.report.words import (
     spread,
     with_minus,
 )
+from vitprobe.wording import join
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,6 +65,15 @@ _READING_ORDER = (
 # Measures that see only the attention that goes to patches, made to sum to 1 again.
 _RENORMALISED = ("attention_distance", "attention_entropy")
 
+_KINDS = {
+    "global": "global",
+    "windows": "in windows",
+    "pooled keys": "over pooled keys",
+    "class token": "of the class token",
+    "channels": "over channels",
+    "unknown places": "of unknown places",
+}
+
 GENERATOR = '<meta name="generator" content="vitprobe">'
 """By this line an earlier report is known."""
 
@@ -72,7 +89,7 @@ def render(result: Comparison, pictures: Pictures, lists: Lists) -> str:
     )
     environment.filters["show"] = show
     provenance = result.provenance
-    undefined = _undefined(result)
+    undefined, refused = _undefined(result), findings.refused(result)
     created = datetime.fromisoformat(provenance["created"])
     names = subjects(result)
     measures = [*result.measures, *(["first_direction_share"] if pictures.shares else [])]
@@ -85,7 +102,7 @@ def render(result: Comparison, pictures: Pictures, lists: Lists) -> str:
         title=_title(tuple(dict.fromkeys(kind_of(result, name) for name in names))),
         lead=_lead(result),
         created=f"{created.day} {created:%B %Y}",
-        contents=_contents(pictures, lists, undefined),
+        contents=_contents(pictures, lists, undefined, bool(refused)),
         summary=findings.summary(result, lists),
         glance=_glance(result),
         models=[_card(result, name) for name in names],
@@ -98,7 +115,11 @@ def render(result: Comparison, pictures: Pictures, lists: Lists) -> str:
         explanations=[_explanation(name, attention) for name in attention if name in findings.MAIN],
         band=_band(result, attention),
         undefined=undefined,
+        noun=attention_noun(result, names),
+        refused=refused,
+        remarks=findings.remarks(result),
         without_prefix=_without_prefix(result, attention),
+        windowed=join(findings.windowed(result, names)),
         relative=join(relative) if len(relative) <= 3 else several,
         differences=_differences(lists.differences),
         level=LEVEL,
@@ -115,9 +136,13 @@ def render(result: Comparison, pictures: Pictures, lists: Lists) -> str:
 
 def _band(result: Comparison, attention: tuple[str, ...]) -> str:
     """What line, band and bars are in the figures of heads beyond the main ones."""
-    name = subjects(result)[0]
+    names = subjects(result)
     others = (measure for measure in attention if measure not in findings.MAIN)
-    of_heads = (m for m in others if result.attention(m, name).sizes["head"] > 1)
+    of_heads = (
+        measure
+        for measure in others
+        if result.attention(measure, measured(result, measure, names)[0]).sizes["head"] > 1
+    )
     measure = next(of_heads, None)
     return "" if measure is None else findings.band_of_overlay(result, measure)
 
@@ -153,10 +178,13 @@ def _lead(result: Comparison) -> str:
     return f"{subject} on {count(images['count'], 'image')} from {images['source']}: {listed}."
 
 
-def _contents(pictures: Pictures, lists: Lists, undefined: dict[str, str]) -> list[tuple[str, str]]:
+def _contents(
+    pictures: Pictures, lists: Lists, undefined: dict[str, str], refused: bool
+) -> list[tuple[str, str]]:
+    attention = pictures.overlays or pictures.others or undefined["attention"] or refused
     sections = [
         ("similarity", "Similarity", pictures.selves or pictures.grids or undefined["similarity"]),
-        ("attention", "Attention", pictures.overlays or pictures.others or undefined["attention"]),
+        ("attention", "Attention", attention),
         ("tokens", "Tokens", pictures.tokens or undefined["tokens"]),
         ("differences", "Differences", len(lists.differences)),
         ("seeds", "Seeds", lists.group_means is not None),
@@ -287,20 +315,27 @@ def _method(info: Info) -> list[tuple[str, str]]:
 def _glance(result: Comparison) -> dict[str, Any]:
     """Columns of the table of models, each a value per model."""
     names = subjects(result)
+    noun = attention_noun(result, names)
     columns: dict[str, dict[str, str]] = {"Parameters": {}, "Blocks × heads": {}, "Patch grid": {}}
     for name in names:
         description = result.describe(name)
         facts = {key: fact["value"] for key, fact in description["facts"].items()}
         columns["Parameters"][name] = _parameters(description["parameters"])
-        columns["Blocks × heads"][name] = f"{show(facts['depth'])} × {show(facts['heads'])}"
-        columns["Patch grid"][name] = f"{NBSP}×{NBSP}".join(map(str, facts["grid"]))
+        depth = show(facts["depth"])
+        heads = f"{depth} × {_heads(facts['heads'])}" if facts.get("heads") else depth
+        columns["Blocks × heads"][name] = heads
+        columns["Patch grid"][name] = _grids(result, name)
     for measure in ("attention_distance", "attention_entropy"):
         if measure in result.measures:
-            title = f"{MEASURES[measure].title}, first to last block"
+            title = f"{MEASURES[measure].title}, first to last {noun}"
             columns[title] = {name: _first_to_last(result, measure, name) for name in names}
     if "sink_mass" in result.measures:
         title = f"{MEASURES['sink_mass'].title}, mean"
-        columns[title] = {name: findings.overall(result, "sink_mass", name) for name in names}
+        having = measured(result, "sink_mass", names)
+        columns[title] = {
+            name: findings.overall(result, "sink_mass", name) if name in having else "–"
+            for name in names
+        }
     return {
         "columns": list(columns),
         "rows": list(columns.values()),
@@ -308,9 +343,35 @@ def _glance(result: Comparison) -> dict[str, Any]:
     }
 
 
+def _sides(value: Any) -> str:
+    """A pair of sides, or that of each stage of a model: `56 × 56 / 28 × 28`."""
+    if value is None:
+        return "unknown"
+    if not isinstance(value[0], int | float):
+        return " / ".join(map(_sides, value))
+    return f"{NBSP}×{NBSP}".join(map(show, value))
+
+
+def _heads(value: Any) -> str:
+    """A number of heads, or those that attention layers have: `3 / 6 / 12`."""
+    return show(list(dict.fromkeys(value)) if isinstance(value, list | tuple) else value)
+
+
+def _grids(result: Comparison, name: str) -> str:
+    """The grid of patches in a model's first layer, and in its last where that is another."""
+    description = result.describe(name)
+    grids = [layout["grid"] for layout in description.get("layouts", ())]
+    grids = grids or [description["facts"]["grid"]["value"]]
+    return " → ".join(dict.fromkeys(map(_sides, (grids[0], grids[-1]))))
+
+
 def _first_to_last(result: Comparison, measure: str, name: str) -> str:
+    if name not in measured(result, measure, subjects(result)):
+        return "–"
+    if not (layers := findings.patch_layers(result, name)):
+        return "not between patches"
     relative = result.needs_relative(measure, subjects(result))
-    table = result.by_layer(measure, name, relative=relative)
+    table = result.by_layer(measure, name, relative=relative).isel(layer=layers)
     units, table = table.attrs["units"], table.where(table["value"].notnull(), drop=True)
     if not table.sizes["layer"]:
         return "undefined"
@@ -340,8 +401,8 @@ def _without_prefix(result: Comparison, attention: tuple[str, ...]) -> dict[str,
         return {}
     return {
         name: f"{name} has no prefix tokens, so its sink mass is 0 by construction."
-        for name in findings.shown(result)
-        if not findings.has_prefix(result, name)
+        for name in measured(result, "sink_mass", findings.shown(result))
+        if not has_prefix(result, name)
     }
 
 
@@ -363,7 +424,7 @@ def _card(result: Comparison, name: str) -> dict[str, Any]:
         headline += f"; trained by vitprobe: {show(training)}"
     return {
         **description,
-        "facts": _facts(description["facts"]),
+        "facts": [*_facts(description["facts"]), *_attention_fact(result, name)],
         "color": color_index(result, name),
         "headline": headline,
         "loading": _loading(description["report"]),
@@ -377,11 +438,30 @@ def _facts(facts: dict[str, dict[str, Any]]) -> list[tuple[str, str, str, bool]]
     rows = []
     for key in [*known, *sorted(facts.keys() - set(known))]:
         value = facts[key]["value"]
-        text = " × ".join(map(show, value)) if key in ("grid", "patch_size") else show(value)
+        if value in (None, [], ()):
+            continue
+        text = show(value)
+        if key in ("grid", "patch_size"):
+            text = _sides(value)
+        elif key == "heads":
+            text = _heads(value)
         evidence, note = facts[key]["evidence"], facts[key].get("note")
         source = f"{evidence}: {note}" if note else evidence
         rows.append((key.replace("_", " "), text, source, evidence == "assumed"))
     return rows
+
+
+def _attention_fact(result: Comparison, name: str) -> list[tuple[str, str, str, bool]]:
+    """What attends to what, where that is not one attention of all patches a block."""
+    layers = result.attention_layers(name)
+    if not layers:
+        reason = result.describe(name).get("no_attention", "")
+        return [("attention", f"none: {reason}" if reason else "none", "forward pass", False)]
+    kinds = Counter(layer["kind"] for layer in layers)
+    if set(kinds) == {"global"} and attention_noun(result, (name,)) == "block":
+        return []
+    text = ", ".join(f"{number} {_KINDS[kind]}" for kind, number in kinds.items())
+    return [("attention layers", f"{len(layers)}: {text}", "forward pass", False)]
 
 
 def _loading(report: dict[str, Any] | None) -> str:
@@ -416,7 +496,7 @@ def _settings(result: Comparison, attention: tuple[str, ...]) -> list[str]:
             "biased": "biased",
         }[provenance["estimator"]]
         sentences += [
-            f"Layers ({provenance['layers']}): {read}.",
+            f"Layers ({provenance['layers']}): {read}.{_residual(result)}",
             f"Tokens compared: {provenance['tokens']}.",
             f"CKA is {estimator}, over all images at once."
             if provenance["cka_value"] == "exact"
@@ -455,22 +535,21 @@ def _settings(result: Comparison, attention: tuple[str, ...]) -> list[str]:
             "Student's t within one; images are no replicates of a method."
         )
     if "attention_distance" in attention:
+        names = measured(result, "attention_distance", subjects(result))
+        noun = attention_noun(result, names)
         firsts = {
-            name: (
-                findings.first_blocks(result, name),
-                show(result.describe(name)["facts"]["depth"]["value"]),
-            )
-            for name in subjects(result)
+            name: (findings.first_blocks(result, name), len(result.attention_layers(name)))
+            for name in names
         }
         if len(set(firsts.values())) == 1:
-            first, depth = firsts[subjects(result)[0]]
+            first, depth = firsts[names[0]]
             numbers = f"{first} of {depth}"
         else:
             numbers = join(
                 [f"{first} of {depth} in {name}" for name, (first, depth) in firsts.items()]
             )
         sentences.append(
-            f"First blocks are the first quarter of a model's blocks, rounded up: {numbers}."
+            f"First {noun}s are the first quarter of a model's {noun}s, rounded up: {numbers}."
         )
     grey = [name for name in subjects(result) if result.input_size(name)[0] == 1]
     luminance = f"; given to {join(grey)}, of one channel, as luminance" if grey else ""
@@ -479,6 +558,13 @@ def _settings(result: Comparison, attention: tuple[str, ...]) -> list[str]:
         f"Images: {provenance['preprocessing']}{luminance}.",
         f"Forward passes in {provenance['precision']} on {provenance['device']}.",
     ]
+
+
+def _residual(result: Comparison) -> str:
+    """Which models do not follow the convention of the others."""
+    asked = result.provenance["layers"]
+    names = [n for n in result.models if result.describe(n).get("layers", asked) != asked]
+    return f" Those of {join(names)} are residual." if names else ""
 
 
 def _details(provenance: dict[str, Any]) -> list[tuple[str, str]]:

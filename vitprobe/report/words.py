@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -121,22 +120,3 @@ def _fixed(value: float, digits: int) -> str:
 def with_minus(text: str) -> str:
     """A text with a real minus sign before its negative numbers: `−1 to 1`."""
     return re.sub(r"(?<![\w)])-(?=\d)", MINUS, text)
-
-
-def layers_in_words(layers: Iterable[int], noun: str = "layer") -> str:
-    """`layer 3`, `layers 3 to 5 and 9`: runs written as ranges."""
-    runs: list[list[int]] = []
-    for layer in map(int, layers):
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    texts = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
-    return f"{noun}{'' if len(texts) == len(runs[0]) == 1 else 's'} {join(texts)}"
-
-
-def join(items: Sequence[str]) -> str:
-    """`a, b and c`."""
-    if len(items) < 2:
-        return "".join(items)
-    return f"{', '.join(items[:-1])} and {items[-1]}"

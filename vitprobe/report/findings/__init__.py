@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vitprobe.measures.registry import MEASURES
-from vitprobe.plots.style import subjects
+from vitprobe.plots.style import attention_noun, measured, subjects
 from vitprobe.report.findings.layers import (
     band_of_overlay,
     band_of_tokens,
@@ -29,11 +29,15 @@ from vitprobe.report.findings.layers import (
 from vitprobe.report.findings.models import (
     MAIN,
     assumed_heads,
-    has_prefix,
     in_text,
+    not_measured,
     other_assumptions,
+    patch_layers,
+    refused,
+    remarks,
     several_seeds,
     shown,
+    windowed,
 )
 from vitprobe.report.findings.similarity import (
     dominance,
@@ -55,7 +59,8 @@ from vitprobe.report.findings.verdicts import (
     methods_similarity,
     seeds,
 )
-from vitprobe.report.words import count, join
+from vitprobe.report.words import count
+from vitprobe.wording import join
 
 if TYPE_CHECKING:
     from vitprobe.report.lists import Lists
@@ -77,7 +82,6 @@ __all__ = [
     "focus",
     "forest",
     "grid",
-    "has_prefix",
     "in_text",
     "is_defined",
     "largest_share",
@@ -85,10 +89,14 @@ __all__ = [
     "locality",
     "methods",
     "methods_similarity",
+    "not_measured",
     "of_layer",
     "other_assumptions",
     "overall",
     "overall_similarity",
+    "patch_layers",
+    "refused",
+    "remarks",
     "seeds",
     "several_seeds",
     "shown",
@@ -99,6 +107,7 @@ __all__ = [
     "token_trend",
     "trend",
     "widths",
+    "windowed",
 ]
 
 
@@ -125,6 +134,8 @@ def summary(result: Comparison, lists: Lists) -> list[tuple[str, str]]:
         findings += [("One direction", sentence) for sentence in dominance(result)]
     if not findings:
         findings += _others(result)
+    if sentence := not_measured(result):
+        findings.append(("Not measured", sentence))
     findings += [("Training", sentence) for sentence in beyond_untrained(result, lists)]
     findings += [("Differences", sentence) for sentence in differences(lists.differences)]
     return findings
@@ -140,10 +151,11 @@ def _others(result: Comparison) -> list[tuple[str, str]]:
         elif group == "tokens":
             text = f"{title} of {token_trend(result, measure)}"
         else:
-            names = subjects(result)
+            names = measured(result, measure, subjects(result))
             relative = result.needs_relative(measure, names)
             means = [f"{overall(result, measure, n, relative=relative)} in {n}" for n in names]
-            text = f"{title}, mean over heads, blocks and images: {join(means)}."
+            noun = attention_noun(result, names)
+            text = f"{title}, mean over heads, {noun}s and images: {join(means)}."
         lines.append((group.capitalize(), text))
     if rest := len(result.measures) - len(lines):
         lines.append(("More", f"{count(rest, 'other measure')} in the sections below."))

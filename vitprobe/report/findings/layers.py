@@ -9,20 +9,15 @@ import numpy as np
 
 from vitprobe.plots.attention import uniform
 from vitprobe.plots.differences import UNDECIDED
-from vitprobe.plots.style import subjects
-from vitprobe.report.findings.models import has_prefix, in_text, shown
-from vitprobe.report.words import (
-    LEVEL,
-    bracket,
-    count,
-    digits_of,
-    join,
-    layers_in_words,
-    percent,
-)
+from vitprobe.plots.style import attention_noun, has_prefix, measured, subjects
+from vitprobe.report.findings.models import in_text, patch_layers, shown, windowed
+from vitprobe.report.words import LEVEL, bracket, count, digits_of, percent, quantity
 from vitprobe.statistics import paired, t_interval
+from vitprobe.wording import join, layers_in_words
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pandas as pd
     import xarray as xr
 
@@ -35,67 +30,86 @@ _ROUNDING = 1e-6
 
 
 def locality(result: Comparison) -> str:
-    """Which model attends most locally in the first quarter of its blocks."""
-    names = subjects(result)
+    """Which model attends most locally in the first quarter of its attention layers."""
+    names = measured(result, "attention_distance", subjects(result))
+    noun = attention_noun(result, names)
     firsts = {name: first_blocks(result, name) for name in names}
     blocks = {name: slice(first) for name, first in firsts.items()}
     if len(set(firsts.values())) > 1:
-        where = "In the first quarter of their blocks"
+        where = f"In the first quarter of their {noun}s"
     elif firsts[names[0]] == 1:
-        where = "In the first block"
+        where = f"In the first {noun}"
     else:
-        where = f"In the first {firsts[names[0]]} blocks"
-    return _ranking(
+        where = f"In the first {firsts[names[0]]} {noun}s"
+    relative = result.needs_relative("attention_distance", names)
+    # A small window is local whatever its heads do, which relative units take out.
+    within = " for its reach" if relative and windowed(result, names) else ""
+    ranking = _ranking(
         result,
         "attention_distance",
         blocks,
         where,
-        superlative="attends most locally",
-        equally="attend equally locally",
+        superlative=f"attends most locally{within}",
+        equally=f"attend equally locally{within}",
         noun="mean attention distance",
     )
+    if not within or len({result.input_size(name)[1:] for name in names}) > 1:
+        return ranking
+    pixels = {name: _per_image(result, "attention_distance", name, blocks[name]) for name in names}
+    texts = [f"{quantity(float(np.nanmean(v)), 'px')} in {n}" for n, v in pixels.items()]
+    return f"{ranking} In pixels, windows and all: {join(texts)}."
 
 
 def focus(result: Comparison, lists: Lists) -> str:
-    """Which model spreads its attention over the fewest patches, over all blocks."""
+    """Which model spreads its attention over the fewest patches, over all attention layers."""
     table = lists.differences
-    return _ranking(
+    attending = measured(result, "attention_entropy", subjects(result))
+    names = tuple(name for name in attending if patch_layers(result, name)) or attending
+    others = [name for name in attending if name not in names]
+    ranking = _ranking(
         result,
         "attention_entropy",
-        {name: slice(None) for name in subjects(result)},
-        "Over all blocks",
+        {name: slice(None) for name in names},
+        f"Over all {attention_noun(result, names)}s",
         superlative="attends most narrowly",
         equally="attend equally narrowly",
         noun="mean attention entropy",
         judged=table[table["measure"] == "attention_entropy"],
     )
+    if not others:
+        return ranking
+    verb = "does" if len(others) == 1 else "do"
+    return f"{ranking} {join(others)} {verb} not attend between patches, and so {verb} not compare."
 
 
 def trend(result: Comparison, measure: str, name: str) -> str:
     """How a measure moves from a model's first block to its last, and its extreme head."""
     relative = result.needs_relative(measure, subjects(result))
     by_block = result.by_layer(measure, name, relative=relative)
+    layer = attention_noun(result, (name,))
     noun, units = in_text(measure), by_block.attrs["units"]
     by_block = by_block.where(by_block["value"].notnull(), drop=True)
     blocks = by_block["layer"].values
     if not len(blocks):
-        return f"{name}: {noun} is undefined in every block."
+        return f"{name}: {noun} is undefined in every {layer}."
     value, low, high = (by_block[key].values for key in ("value", "low", "high"))
     start, end = int(blocks[0]), int(blocks[-1])
     least = digits_of(float(np.ptp(value)), units)
     first, last = (of_layer(by_block.isel(layer=index), units, least) for index in (0, -1))
     if len(blocks) == 1:
-        move = f"is {of_layer(by_block.isel(layer=0), units)} in block {start}"
+        move = f"is {of_layer(by_block.isel(layer=0), units)} in {layer} {start}"
     elif _is_one(value, low, high):
         mean = overall(result, measure, name, relative=relative)
-        move = f"stays near its mean of {mean} in every block"
+        move = f"stays near its mean of {mean} in every {layer}"
     elif _grows(value, low, high):
-        move = f"grows from {first} in block {start} to {last} in block {end}"
+        move = f"grows from {first} in {layer} {start} to {last} in {layer} {end}"
     elif _grows(-value, -high, -low):
-        move = f"falls from {first} in block {start} to {last} in block {end}"
+        move = f"falls from {first} in {layer} {start} to {last} in {layer} {end}"
     else:
-        move = f"lies {_range(by_block, units)}"
-    return f"{name}: {noun} {move}{_extreme_head(result, measure, name, relative=relative)}."
+        move = f"lies {_range(by_block, units, layer)}"
+    extreme = _extreme_head(result, measure, name, relative=relative)
+    other = _not_between_patches(result, measure, (name,))
+    return f"{name}: {noun} {move}{extreme}.{f' Not between patches: {other}.' if other else ''}"
 
 
 def token_trend(result: Comparison, measure: str) -> str:
@@ -118,7 +132,8 @@ def token_trend(result: Comparison, measure: str) -> str:
 def sinks(result: Comparison) -> str:
     """How much attention prefix tokens draw, where most."""
     parts = []
-    for name in shown(result):
+    for name in measured(result, "sink_mass", shown(result)):
+        noun = attention_noun(result, (name,))
         if not has_prefix(result, name):
             parts.append(f"{name} has no prefix tokens, so its sink mass is 0 by construction")
             continue
@@ -128,9 +143,9 @@ def sinks(result: Comparison) -> str:
             parts.append(f"it is undefined for {name}")
             continue
         if not _is_one(*(by_block[key].values for key in ("value", "low", "high"))):
-            where = f", by block {_range(by_block, 'share')}"
+            where = f", by {noun} {_range(by_block, 'share', noun)}"
         else:
-            where = " (alike in every block)" if by_block.sizes["layer"] > 1 else ""
+            where = f" (alike in every {noun})" if by_block.sizes["layer"] > 1 else ""
         parts.append(f"{overall(result, 'sink_mass', name)} in {name}{where}")
     return f"Share of patch attention that goes to prefix tokens: {'; '.join(parts)}."
 
@@ -150,13 +165,29 @@ def spectrum(result: Comparison, name: str) -> str:
 
 def band_of_overlay(result: Comparison, measure: str) -> str:
     """What line, band and bars of an overlay are."""
-    name = subjects(result)[0]
+    names = measured(result, measure, subjects(result))
+    noun = attention_noun(result, names)
     images = count(result.provenance["images"]["count"], "image")
-    fused = result.attention(measure, name).sizes["head"] == 1
+    fused = result.attention(measure, names[0]).sizes["head"] == 1
     line = "Line: mean over images" if fused else "Line: mean over heads and images"
-    band = f"band: {LEVEL} interval of that mean over {images}, block by block (pointwise)"
+    band = f"band: {LEVEL} interval of that mean over {images}, {noun} by {noun} (pointwise)"
     bars = "" if fused else "; thin bars beside: middle half of the heads, which is no uncertainty"
-    return f"{line}; {band}{bars}.{_dashed(result)}"
+    other = _not_between_patches(result, measure, names)
+    hollow = f" Hollow: not between patches ({other})." if other else ""
+    return f"{line}; {band}{bars}.{hollow}{_dashed(result)}"
+
+
+def _not_between_patches(result: Comparison, measure: str, names: Sequence[str]) -> str:
+    """Which attention layers that have a measure are over channels, or of the class token alone."""
+    parts = []
+    for name in names:
+        defined = result.attention(measure, name).notnull().any("head").values
+        kinds = [layer["kind"] for layer in result.attention_layers(name)]
+        for kind, text in (("channels", "over channels"), ("class token", "of the class token")):
+            found = [i for i, other in enumerate(kinds) if other == kind and defined[i]]
+            if found:
+                parts.append(f"{text} in {layers_in_words(found, 'attention layer')} of {name}")
+    return join(parts)
 
 
 def band_of_tokens(result: Comparison, measure: str) -> str:
@@ -188,7 +219,7 @@ def of_layer(row: xr.Dataset, units: str, least: int = 0) -> str:
 
 
 def first_blocks(result: Comparison, name: str) -> int:
-    """How many blocks count as a model's first: a quarter, rounded up."""
+    """How many attention layers count as a model's first: a quarter, rounded up."""
     return ceil(result.attention("attention_distance", name).sizes["layer"] / 4)
 
 
@@ -208,13 +239,13 @@ def _grows(value: np.ndarray, low: np.ndarray, high: np.ndarray) -> bool:
     return bool(low[-1] > high[0] and (high >= np.maximum.accumulate(low)).all())
 
 
-def _range(by_block: xr.Dataset, units: str) -> str:
+def _range(by_block: xr.Dataset, units: str, noun: str) -> str:
     """`between 0.88 % [0.83, 0.92] (block 0) and 1.48 % [1.43, 1.53] (block 3)`."""
     value, low, high = (by_block[key].values for key in ("value", "low", "high"))
     ends = []
     for at in (int(value.argmin()), int(value.argmax())):
         text, same = _as_printed(value, low, high, at, units)
-        ends.append(f"{text} ({layers_in_words(by_block['layer'].values[same], 'block')})")
+        ends.append(f"{text} ({layers_in_words(by_block['layer'].values[same], noun)})")
     return f"between {' and '.join(ends)}"
 
 
@@ -252,8 +283,9 @@ def _extreme_head(result: Comparison, measure: str, name: str, *, relative: bool
     if len(same) > 1:
         return f"; the {superlative} heads, {len(same)} of {defined}, are at {text}"
     row, column = divmod(int(at), values.sizes["head"])
-    head, block = int(values["head"][column]), int(values["layer"][row])
-    return f"; the {superlative} head is head {head} of block {block} ({text})"
+    head, layer = int(values["head"][column]), int(values["layer"][row])
+    noun = attention_noun(result, (name,))
+    return f"; the {superlative} head is head {head} of {noun} {layer} ({text})"
 
 
 def _ranking(
@@ -331,10 +363,13 @@ def _per_image(
     result: Comparison, measure: str, name: str, blocks: slice, *, relative: bool = False
 ) -> np.ndarray:
     """The mean over heads, then over some blocks, of every image."""
-    images = result.layer_images(measure, name, relative=relative)
+    images = result.layer_images(measure, name, relative=relative, patches=True)
     return np.asarray(images.isel(layer=blocks).mean("layer").values)
 
 
 def _of_uniform(result: Comparison, measure: str, name: str, value: float) -> str:
-    level = uniform(result, measure, name)
-    return f" ({percent(value / level)} of uniform attention)" if np.isfinite(level) else ""
+    levels = uniform(result, measure, name)
+    # A mean over layers has no one level where layers differ in theirs.
+    if not np.isfinite(levels).any() or np.nanmax(levels) > (1 + _ROUNDING) * np.nanmin(levels):
+        return ""
+    return f" ({percent(value / np.nanmax(levels))} of uniform attention)"

@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING
 
 from vitprobe.measures.registry import MEASURES
 from vitprobe.plots.style import kind_of, subjects
-from vitprobe.report.words import join, show
+from vitprobe.report.words import show
+from vitprobe.wording import join, layers_in_words, ranges
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vitprobe.results import Comparison
 
 MAIN = ("attention_distance", "attention_entropy", "sink_mass")
@@ -30,14 +33,7 @@ def several_seeds(result: Comparison) -> bool:
 
 def in_text(measure: str) -> str:
     """The title of a measure inside a sentence: `attention distance`, but `RankMe`."""
-    title = MEASURES[measure].title
-    first = title.split()[0]
-    return f"{title[0].lower()}{title[1:]}" if first[1:] == first[1:].lower() else title
-
-
-def has_prefix(result: Comparison, name: str) -> bool:
-    """Whether a model has prefix tokens, without which there is no sink."""
-    return bool(result.describe(name)["facts"]["prefix_tokens"]["value"])
+    return MEASURES[measure].in_text
 
 
 def assumed_heads(result: Comparison) -> list[tuple[str, int]]:
@@ -47,6 +43,72 @@ def assumed_heads(result: Comparison) -> list[tuple[str, int]]:
         for name in result.models
         if "heads" in (description := result.describe(name))["assumed"]
     ]
+
+
+def windowed(result: Comparison, names: Sequence[str]) -> list[str]:
+    """Those of some models whose attention, somewhere, does not reach every patch."""
+    return [
+        name
+        for name in names
+        if any(layer["kind"] == "windows" for layer in result.attention_layers(name))
+    ]
+
+
+def patch_layers(result: Comparison, name: str) -> list[int]:
+    """The attention layers of a model that are between patches."""
+    kinds = [layer["kind"] for layer in result.attention_layers(name)]
+    return [i for i, kind in enumerate(kinds) if kind not in ("channels", "class token")]
+
+
+def refused(result: Comparison) -> list[tuple[str, str, str, str]]:
+    """What models have no number of: (model, measures, attention layers, why)."""
+    rows = []
+    for name in subjects(result):
+        for part in result.describe(name).get("refused", ()):
+            what = join([in_text(measure) for measure in part["measures"]])
+            if not part["layers"]:
+                layers = "has none"
+            elif len(part["layers"]) == len(result.attention_layers(name)):
+                layers = "all"
+            else:
+                layers = ranges(part["layers"])
+            rows.append((name, f"{what[0].upper()}{what[1:]}", layers, part["reason"]))
+    return rows
+
+
+def remarks(result: Comparison) -> list[str]:
+    """What a reader must know of the attention layers of each model, a sentence each."""
+    sentences = []
+    for name in subjects(result):
+        layers: dict[str, list[int]] = {}
+        for i, layer in enumerate(result.attention_layers(name)):
+            if note := layer.get("note"):
+                layers.setdefault(note.rstrip("."), []).append(i)
+        sentences += [
+            f"{name}, {layers_in_words(found, 'attention layer')}: {note}."
+            for note, found in layers.items()
+        ]
+    return sentences
+
+
+def not_measured(result: Comparison) -> str:
+    """Models of which a main measure of attention has no value at all, or nothing."""
+    parts = []
+    for name in subjects(result):
+        found = result.describe(name).get("refused", ())
+        missing = [
+            measure
+            for measure in MAIN
+            if any(measure in part["measures"] for part in found)
+            and (measure not in result.measures or name not in result.measured(measure))
+        ]
+        if not result.attention_layers(name) and found:
+            parts.append(f"{name} has no attention: {found[0]['reason']}")
+        elif missing:
+            reasons = [part["reason"] for part in found if set(part["measures"]) & set(missing)]
+            titles = join([in_text(measure) for measure in missing])
+            parts.append(f"{name} has no {titles}: {'; '.join(dict.fromkeys(reasons))}")
+    return " ".join(f"{part}." for part in parts)
 
 
 def other_assumptions(result: Comparison) -> str:

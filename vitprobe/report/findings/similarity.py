@@ -12,16 +12,8 @@ from vitprobe.measures.registry import MEASURES
 from vitprobe.plots.similarity import below_floor
 from vitprobe.plots.style import subjects
 from vitprobe.report.findings.models import shown
-from vitprobe.report.words import (
-    LEVEL,
-    amount,
-    bracket,
-    count,
-    join,
-    layers_in_words,
-    percent,
-    two_digits,
-)
+from vitprobe.report.words import LEVEL, amount, bracket, count, percent, two_digits
+from vitprobe.wording import join, layers_in_words
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -103,11 +95,9 @@ def widths(result: Comparison, measure: str, a: str, b: str) -> str:
 
 def is_defined(result: Comparison, measure: str, names: Sequence[str]) -> bool:
     """Whether a measure has a value for any layers or heads of these models."""
-    group = result.group_of(measure)
-    if group == "similarity":
-        values = (result.similarity(measure, a, b) for a in names for b in names)
-    else:
-        values = (getattr(result, group)(measure, name) for name in names)
+    if result.group_of(measure) != "similarity":
+        return bool(set(result.measured(measure)) & set(names))
+    values = (result.similarity(measure, a, b) for a in names for b in names)
     return any(bool(value.notnull().any()) for value in values)
 
 

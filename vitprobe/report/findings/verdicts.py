@@ -10,8 +10,9 @@ from vitprobe.measures.registry import MEASURES
 from vitprobe.plots.differences import UNDECIDED, rows_of
 from vitprobe.report.findings.models import MAIN, in_text, several_seeds, shown
 from vitprobe.report.findings.similarity import with_interval
-from vitprobe.report.words import LEVEL, bracket, count, join, of_difference, spread
+from vitprobe.report.words import LEVEL, bracket, count, of_difference, spread
 from vitprobe.tables import ONE_SEED
+from vitprobe.wording import join
 
 if TYPE_CHECKING:
     import pandas as pd
