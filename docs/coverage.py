@@ -123,6 +123,16 @@ TIMM = [
 ]
 """timm 1.0.31's models with softmax attention, one or more a family."""
 
+SMALLER = {
+    "naflexvit_base_patch16_gap": 192,
+    "naflexvit_base_patch16_parfac_gap": 192,
+    "naflexvit_base_patch16_map": 192,
+    "gemma4_vit_167m": 192,
+    "sam2_hiera_tiny": 448,
+    "csatv2": 256,
+}
+"""Sides of the images of models that take any size, where their own is large."""
+
 WITHOUT_ATTENTION = ("efficientvit_b0", "swiftformer_xs", "resnet18", "convnext_atto")
 """timm's models without softmax attention: linear attention, additive attention, convolutions."""
 
@@ -299,7 +309,8 @@ def build(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
             size = (3, 224, 224)
         else:
             module = timm.create_model(own, pretrained=False)
-            size = tuple(module.pretrained_cfg["input_size"])
+            channels, height, width = module.pretrained_cfg["input_size"]
+            size = (channels, SMALLER.get(own, height), SMALLER.get(own, width))
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.02)
@@ -313,6 +324,7 @@ class Watcher(TorchFunctionMode):
         super().__init__()
         self.fused: list[Tensor] = []
         self.plain: list[Tensor] = []
+        self.mixed: list[Tensor] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -328,7 +340,10 @@ class Watcher(TorchFunctionMode):
             axis = kwargs.get("dim", args[1] if len(args) > 1 else -1)
             self.plain.append(fingerprint(result.movedim(axis, -1)))
         elif func is F.dropout and result.ndim > 3 and _are_rows(result):
-            self.plain.append(fingerprint(result))  # a mixture of several softmaxes
+            seen = fingerprint(result)
+            # In eval mode it is the last softmax itself, or else a mixture of several.
+            if not self.plain or not torch.equal(seen, self.plain[-1]):
+                self.mixed.append(seen)
         return result
 
 
@@ -390,9 +405,12 @@ def examine(name: str) -> Row:
             if found != (2, layout.prefix_tokens + layout.patches, layout.width):
                 notes.append(f"layer {layer} gives {found}")
         prints = {layer: fingerprint(maps) for layer, maps in captured.attention.items()}
-    unclaimed = watcher.fused + watcher.plain
+    unclaimed = watcher.fused + watcher.plain + watcher.mixed
     equal = sum(_claim(prints[layer], unclaimed) for layer in prints)
-    fused = sum(any(print_ is own for own in watcher.fused) for print_ in unclaimed)
+    left = {id(print_) for print_ in unclaimed}
+    # Where a mixture was captured, the softmaxes that it mixes are not wanted.
+    mixtures = any(id(print_) not in left for print_ in watcher.mixed)
+    wanted = watcher.fused + ([] if mixtures else watcher.plain)
     reasons = Counter(site.no_distance for site in anatomy.sites if site.no_distance)
     layouts = anatomy.normed or anatomy.residual
     return Row(
@@ -403,7 +421,7 @@ def examine(name: str) -> Row:
         maps=len(anatomy.sites),
         equal=equal,
         known=sum(site.query_xy is not None and not site.no_distance for site in anatomy.sites),
-        missed=fused,
+        missed=sum(id(print_) in left for print_ in wanted),
         finite=all(bool(maps.isfinite().all()) for maps in prints.values()),
         difference=_difference(output, expected),
         kinds=tuple(dict.fromkeys(kind_of(site) for site in anatomy.sites)),
@@ -517,7 +535,7 @@ def _cells(row: Row) -> list[str]:
     output = "identical" if not row.difference else f"within {row.difference:.0e}"
     notes = [*row.refused, *row.notes]
     if row.missed:
-        notes.append(f"{row.missed} fused attentions are not captured")
+        notes.append(f"{row.missed} softmaxes are not captured")
     return [
         name,
         f"{row.layers} {kind}, {places}",

@@ -26,7 +26,7 @@ FEW = {
     "vit_tiny_patch16_224": ({"global"}, "all"),
     "pit_ti_224": ({"global"}, "all"),
     "levit_128s": ({"global", "pooled keys"}, "all"),
-    "efficientvit_m0": ({"windows", "global"}, "all"),
+    "shvit_s1": ({"global"}, "all"),
     "xcit_nano_12_p16_224": ({"channels", "class token"}, "none"),
     "mobilevit_xxs": ({"windows"}, "all"),
     "hf:ViTModel": ({"global"}, "all"),
@@ -36,7 +36,7 @@ FEW = {
     "hf:Swinv2Model": ({"windows"}, "all"),
     "hf:PvtV2Model": ({"pooled keys", "global"}, "all"),
     "hf:SegformerModel": ({"pooled keys", "global"}, "all"),
-    "hf:HieraModel": ({"windows", "global"}, "all"),
+    "hf:HieraModel": ({"windows", "pooled keys", "global"}, "all"),
     "hf:CvtModel": ({"pooled keys"}, "all"),
     "hf:VitDetModel": ({"windows", "global"}, "all"),
 }

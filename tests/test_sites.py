@@ -106,7 +106,7 @@ def test_refusals_in_words_name_measures_layers_and_reasons():
 def test_remarks_label_channels_class_tokens_and_notes():
     noted = replace(global_site(), note="Heads are mixed after the softmax.")
     assert remarks(anatomy(noted, noted, channel_site(), class_site())) == [
-        "attention layers 0 to 1: Heads are mixed after the softmax.",
+        "attention layers 0 to 1: heads are mixed after the softmax.",
         "attention layer 2: rows are over channels, so their entropy is no entropy over patches.",
         "attention layer 3: the only query is the class token, so entropy is of its one row.",
     ]

@@ -43,6 +43,11 @@ class ResultError(VitprobeError):
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """`" Did you mean 'x'?"` for the known name nearest to `name`, or the empty string."""
-    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    """`" Did you mean 'x'?"` for the known name nearest to `name`, or the empty string.
+
+    Of names that `name` begins it is the shortest: half a name resembles the wrong ones.
+    """
+    known = list(known)
+    begun = min((other for other in known if name and other.startswith(name)), key=len, default="")
+    nearest = [begun] if begun else difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f" Did you mean '{nearest[0]}'?" if nearest else ""

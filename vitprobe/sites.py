@@ -119,7 +119,8 @@ def remarks(anatomy: Anatomy) -> list[str]:
         for text in texts:
             layers.setdefault(text, []).append(layer)
     return [
-        f"{layers_in_words(found, 'attention layer')}: {text}." for text, found in layers.items()
+        f"{layers_in_words(found, 'attention layer')}: {text[0].lower()}{text[1:]}."
+        for text, found in layers.items()
     ]
 
 

@@ -69,8 +69,36 @@ def test_chosen_layers_alone_are_kept(model):
     assert list(captured.features) == [0, DEPTH]
     assert list(captured.attention) == [0, DEPTH - 1]
     assert list(vp.capture(model, squares(2), what="attention").features) == []
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match="layer 1 was not captured; layers that were: 0, 3"):
         captured.features[1]
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [np.array([0, -1]), torch.tensor([-1, 0]), range(0, 3, 2)],
+    ids=["array", "tensor", "range"],
+)
+def test_layers_are_any_integers(model, tmp_path, layers):
+    captured = vp.capture(
+        model, squares(2), layers, what="attention", out=tmp_path / "x.safetensors"
+    )
+    assert list(captured.attention) == [0, DEPTH - 1]
+
+
+def test_layers_of_a_generator_are_those_of_features_and_attention(model):
+    captured = vp.capture(model, squares(2), (i for i in (0, 1)), what="both")
+    assert list(captured.features) == list(captured.attention) == [0, 1]
+
+
+@pytest.mark.parametrize("layers", [3, "all", ["blocks.0"], [1.0], [True, False], []])
+def test_what_numbers_no_layers_is_refused(model, layers):
+    with pytest.raises(CaptureError, match="are no numbers of layers: give integers such as"):
+        vp.capture(model, squares(2), layers)
+    with (
+        pytest.raises(CaptureError, match="are no numbers of layers"),
+        vp.capturing(model, layers),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -81,6 +109,9 @@ def test_chosen_layers_alone_are_kept(model):
         ({"what": "keys"}, "cannot capture 'keys': choose one of features, attention, both"),
         ({"batch_size": 0}, "a batch of 0 images is none"),
         ({"convention": "output"}, "unknown layers 'output'"),
+        ({"precision": "fp16"}, "unknown precision 'fp16': use fp32 or bf16"),
+        ({"dtype": torch.int8}, "dtype=torch.int8 is no torch dtype of floats"),
+        ({"dtype": "float16"}, "dtype='float16' is no torch dtype of floats"),
     ],
 )
 def test_what_cannot_be_captured_is_refused(model, options, message):
@@ -166,6 +197,10 @@ def test_folders_are_read_in_the_order_of_vp_images(model, tmp_path):
         (torch.full((1, 3, 32, 32), torch.nan), r"give floats in \[0, 1\]"),
         (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), r"torch.uint8 from 0 to 0"),
         (torch.rand(2, 2, 32, 32), "images of 2 channels cannot be given to a model of 3"),
+        (
+            torch.rand(2, 32, 32, 3),
+            r"\(2, 32, 32, 3\) have their channels last: give \(n, channels",
+        ),
         (42, "cannot read images from int"),
     ],
 )

@@ -88,6 +88,10 @@ def test_what_is_not_found_is_named(tiny: Tiny) -> None:
         wrap("timm:vit", name="mine")
     with pytest.raises(CaptureError, match="input_size=32 of 'mine' is not"):
         wrap(tiny(), name="mine", input_size=32)
+    with pytest.raises(CaptureError, match=r"blocks='blocks\.0' of 'mine' is one path"):
+        wrap(tiny(), name="mine", blocks="blocks.0")
+    with pytest.raises(CaptureError, match="'mine' has parameters on the meta device"):
+        wrap(tiny().to("meta"), name="mine")
     with pytest.raises(CaptureError, match="does not run on an input of 3x20x20"):
         wrap(tiny(), name="mine", input_size=(3, 20, 20))
     with pytest.raises(SourceError, match="std=0 in wrap of 'mine'"):
@@ -113,7 +117,9 @@ def test_input_sizes_that_modules_name(tiny: Tiny) -> None:
     module = tiny()
     module.pretrained_cfg = {"input_size": (3, 12, 12)}
     assert find_input_size(module) == (3, 12, 12)
-    with pytest.raises(CaptureError, match=r"Linear does not name its input size; give it as"):
+    with pytest.raises(
+        CaptureError, match=r"Linear does not name its input size; give it as in wrap"
+    ):
         find_input_size(torch.nn.Linear(2, 2))
 
 

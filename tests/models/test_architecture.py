@@ -3,14 +3,18 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
-from torch import nn
+from timm.models.eva import Eva
+from timm.models.vision_transformer import ResPostBlock
+from torch import Tensor, nn
 
 from vitprobe.errors import CheckpointError, SourceError
 from vitprobe.models import Fact, Model, load
@@ -256,3 +260,112 @@ def test_weights_that_are_not_finite_load_and_are_named(tmp_path: Path, tiny: Ti
     assert isinstance(model, Model)
     assert model.describe()["nonfinite"] == ["blocks.1.norm2.bias"]
     json.dumps(model.describe())
+
+
+def test_the_grid_of_the_size_given_comes_before_a_square_one(tmp_path: Path, tiny: Tiny) -> None:
+    """16 positions are those of 4x4 patches, and of 2x8."""
+    source = tiny(img_size=(8, 32))
+    model = load(saved(tmp_path, source.state_dict()), heads=4, size="8x32")
+    torch.testing.assert_close(model.module.state_dict(), source.state_dict())
+    assert model.facts["grid"] == Fact((2, 8), "user")
+    assert model.facts["position_embedding"].value == "as loaded"
+
+
+def test_positions_with_a_class_token_come_before_those_without(tmp_path: Path, tiny: Tiny) -> None:
+    """50 positions are 7x7 patches and a class token, though 5x10 patches are as many."""
+    path = saved(tmp_path, tiny(img_size=28).state_dict())
+    model = load(path, heads=4, size="20x40")
+    assert "from 7x7 to 5x10" in model.facts["position_embedding"].value
+
+
+@pytest.fixture
+def register(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., nn.Module]], None]:
+    """Makes "vit_odd" a model of timm's."""
+
+    def known(build: Callable[..., nn.Module]) -> None:
+        registry = timm.models._registry
+        names = {*registry._module_to_models["vision_transformer"], "vit_odd"}
+        monkeypatch.setitem(registry._model_entrypoints, "vit_odd", lambda **_: build())
+        monkeypatch.setitem(registry._module_to_models, "vision_transformer", names)
+
+    return known
+
+
+@pytest.mark.parametrize("beside", ["args", "config"])
+def test_timms_model_of_the_name_says_epsilon_and_activation(
+    tmp_path: Path, tiny: Tiny, images: Tensor, beside: str, register: Callable[..., None]
+) -> None:
+    build = partial(tiny, norm_layer=partial(nn.LayerNorm, eps=1e-3), act_layer="quick_gelu")
+    register(build)
+    source = build()
+    if beside == "args":
+        args = argparse.Namespace(model="vit_odd")
+        path = saved(tmp_path, {"state_dict": source.state_dict(), "args": args})
+    else:
+        save_file(source.state_dict(), tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text('{"architecture": "vit_odd"}')
+        path = tmp_path
+    model = load(path)
+    with torch.no_grad():
+        expected = source.forward_features(images)
+        torch.testing.assert_close(model.module.forward_features(images), expected)
+    assert model.facts["norm_eps"] == Fact(1e-3, beside, "vit_odd")
+    assert model.facts["activation"] == Fact("QuickGELU", beside, "vit_odd")
+    # A model of another size is none of that name.
+    path = saved(tmp_path, {"state_dict": tiny(depth=1).state_dict(), "arch": "vit_odd"})
+    assert load(path, heads=4).facts["norm_eps"].evidence == "assumed"
+
+
+def rotary() -> nn.Module:
+    return Eva(16, 4, num_classes=0, embed_dim=32, depth=2, num_heads=4, use_rot_pos_emb=True)
+
+
+@pytest.mark.parametrize("what", ["norms behind its layers", "rotary positions"])
+def test_timms_model_of_the_name_computes_what_no_tensor_shows(
+    tmp_path: Path, tiny: Tiny, what: str, register: Callable[..., None]
+) -> None:
+    build = rotary if what == "rotary positions" else partial(tiny, block_fn=ResPostBlock)
+    register(build)
+    path = saved(tmp_path, {"state_dict": build().state_dict(), "arch": "vit_odd"})
+    with pytest.raises(CheckpointError, match=f"vit_odd, whose {what} no tensor .*vitprobe.wrap"):
+        load(path, heads=4)
+
+
+@pytest.mark.parametrize(("width", "heads"), [(1152, 16), (1280, 16), (1792, 16), (1024, 16)])
+def test_heads_by_convention(tmp_path: Path, tiny: Tiny, width: int, heads: int) -> None:
+    tensors = tiny(embed_dim=width, depth=1, mlp_ratio=0.1).state_dict()
+    fact = load(saved(tmp_path, tensors)).facts["heads"]
+    assert (fact.value, fact.evidence) == (heads, "assumed")
+
+
+def test_heads_that_cannot_share_the_width(tmp_path: Path, tiny: Tiny) -> None:
+    path = saved(tmp_path, {"model": tiny().state_dict(), "args": argparse.Namespace(heads=5)})
+    with pytest.raises(CheckpointError, match=r"states 5 attention heads \(args\).*width of 32"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"img_size": "abc"},
+        {"img_size": [1, 2, 3]},
+        {"img_size": -16},
+        {"patch_size": None},
+        {"patch_size": [4, 4, 4]},
+    ],
+)
+def test_own_checkpoints_with_an_odd_architecture(
+    tmp_path: Path, tiny: Tiny, changes: dict[str, Any]
+) -> None:
+    path = own_checkpoint(tmp_path, tiny(img_size=(8, 32), in_chans=1), **changes)
+    with pytest.raises(CheckpointError, match="are damaged"):
+        load(path)
+
+
+@pytest.mark.parametrize("std", ["abc", ["x"], [0.0], {"a": 1}, [float("nan")], None])
+def test_own_checkpoints_with_an_odd_std(tmp_path: Path, tiny: Tiny, std: Any) -> None:
+    path = tmp_path / "encoder.safetensors"
+    described = {"architecture": {"num_heads": 4}, "std": std}
+    save_file(tiny().state_dict(), path, metadata={"vitprobe": json.dumps(described)})
+    with pytest.raises(CheckpointError, match="are damaged"):
+        load(path)

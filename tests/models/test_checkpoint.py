@@ -211,3 +211,31 @@ def test_damaged_files_raise_one_sentence(
     damaged.write_bytes(content)
     with contextlib.suppress(VitprobeError):
         load(damaged, heads=4)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes on this system")
+def test_what_has_no_end_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(CheckpointError, match=f"'{path}' is a device or a pipe"):
+            load(path)
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "null\0byte", "a/" * 3000])
+@pytest.mark.parametrize("kind", ["", "run:", "init:./"])
+def test_names_that_no_file_can_have(kind: str, name: str) -> None:
+    with pytest.raises(VitprobeError):
+        load(kind + name)
+
+
+def test_dictionaries_without_end_are_refused(tmp_path: Path, tiny: Any) -> None:
+    """A small file whose dictionaries, each held by many others, take ages to walk through."""
+    content: dict[str, Any] = {"tensor": torch.zeros(1)}
+    for _ in range(4):
+        content = {f"key{number}": content for number in range(300)}
+    path = save(content, tmp_path / "nested.pth", True)
+    with pytest.raises(CheckpointError, match=f"'{path}' nests more than 10,000 dictionaries"):
+        load(path)
+    content = dict(tiny().state_dict())
+    content["itself"] = content
+    load(save(content, path, True), heads=4)

@@ -137,7 +137,7 @@ def test_a_patch_embedding_with_or_without_bias(
     model = load(path, heads=4)
     with torch.no_grad():
         torch.testing.assert_close(model.module(images), source(images), atol=1e-6, rtol=0)
-    assert model.facts["pre_norm"] == Fact(pre_norm, "tensor shape")
+    assert model.facts["norm_before_blocks"] == Fact(pre_norm, "tensor shape")
 
 
 def test_an_impossibly_large_model_is_refused_before_it_is_made(tmp_path: Path, tiny: Tiny) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -320,3 +321,67 @@ def test_keys_that_would_change_the_features_are_refused(
     torch.save(tiny().state_dict() | {key: torch.zeros(4, 4)}, path)
     with pytest.raises(CheckpointError, match=f"no plain Vision Transformer: it also holds {key}"):
         load(path, heads=4)
+
+
+def test_a_branch_within_another(tmp_path: Path, tiny: Tiny) -> None:
+    tensors = tiny().state_dict()
+    path = tmp_path / "checkpoint.pth"
+    torch.save(prefixed(tensors, "model.") | prefixed(noise(tensors), "model.ema."), path)
+    for branch, expected in (("model", tensors), ("ema", noise(tensors))):
+        model = load(path, heads=4, branch=branch)
+        torch.testing.assert_close(model.module.state_dict(), expected)
+        assert model.report is not None
+        assert (len(model.report.ignored), model.report.unexpected) == (len(tensors), ())
+
+
+def test_a_container_of_several_branches_is_none_of_them(tmp_path: Path, tiny: Tiny) -> None:
+    tensors = tiny().state_dict()
+    path = tmp_path / "checkpoint.pth"
+    both = prefixed(tensors, "student.") | prefixed(noise(tensors), "teacher.")
+    torch.save({"model": both}, path)
+    with pytest.raises(CheckpointError, match="no branch 'model'; it holds student, teacher"):
+        load(path, heads=4, branch="model")
+
+
+def test_encoders_in_two_dialects_are_chosen_by_name(tmp_path: Path, tiny: Tiny) -> None:
+    """A student of timm beside its teacher of torchvision: neither is taken for the other."""
+    tensors = tiny().state_dict()
+    teacher = torchvision.models.VisionTransformer(16, 4, 2, 4, 32, 64).state_dict()
+    path = tmp_path / "distilled.pth"
+    torch.save({"model": tensors, "teacher": teacher}, path)
+    with pytest.raises(CheckpointError, match="different kinds: teacher, model; choose one with"):
+        load(path, heads=4)
+    torch.testing.assert_close(load(path, heads=4, branch="model").module.state_dict(), tensors)
+    report = load(path, heads=4, branch="teacher").report
+    assert report is not None
+    assert (report.dialect, report.branch) == ("torchvision", "teacher")
+
+
+@pytest.mark.parametrize(
+    "wrapper", ["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"]
+)
+def test_wrappers_of_single_blocks(tmp_path: Path, tiny: Tiny, wrapper: str) -> None:
+    tensors = tiny().state_dict()
+    path = tmp_path / "checkpoint.pth"
+    torch.save({re.sub(r"^(blocks\.\d+)", rf"\1.{wrapper}", k): tensors[k] for k in tensors}, path)
+    model = load(path, heads=4)
+    torch.testing.assert_close(model.module.state_dict(), tensors)
+    assert model.report is not None
+    assert model.report.unexpected == ()
+
+
+@pytest.mark.parametrize("key", ["pre_layernorm.weight", "ln_pre.bias"])
+def test_a_norm_that_nothing_is_known_of_is_refused(tmp_path: Path, tiny: Tiny, key: str) -> None:
+    path = tmp_path / "checkpoint.pth"
+    torch.save(tiny().state_dict() | {key: torch.ones(32)}, path)
+    with pytest.raises(CheckpointError, match=f"also holds {key}"):
+        load(path, heads=4)
+
+
+def test_what_is_not_whole_is_never_said_to_be(tmp_path: Path, tiny: Tiny) -> None:
+    tensors = tiny(embed_dim=256, depth=8).state_dict()
+    del tensors["norm.bias"]
+    path = tmp_path / "checkpoint.pth"
+    torch.save(tensors, path)
+    with pytest.raises(CheckpointError, match=r"only 99\.9% of its encoder: it lacks norm\.bias"):
+        load(path)

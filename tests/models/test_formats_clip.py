@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
 from vitprobe.errors import CheckpointError
-from vitprobe.models import load
+from vitprobe.models import Fact, load
 
 open_clip = pytest.importorskip("open_clip")
 
@@ -63,7 +64,7 @@ def test_the_image_tower_of_a_whole_model(
     assert model.report.dialect == "open_clip"
     assert model.report.loaded_fraction == 1
     assert (model.report.missing, model.report.unexpected) == ((), ())
-    assert model.facts["pre_norm"].value is True
+    assert model.facts["norm_before_blocks"].value is True
     assert (model.facts["norm_eps"].value, model.facts["norm_eps"].evidence) == (1e-5, "dialect")
     assert model.facts["activation"].evidence == ("user" if quick else "assumed")
     assert model.mean == (0.48145466, 0.4578275, 0.40821073)
@@ -148,3 +149,31 @@ def test_a_residual_network_of_clip_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(CheckpointError, match="no Vision Transformer"):
         load(path)
+
+
+def test_a_tower_without_a_norm_before_its_blocks(tmp_path: Path, images: Tensor) -> None:
+    """As CLIPA's: only the config tells it from one that has lost its norm."""
+    tower = {"no_ln_pre": True, "norm_kwargs": {"eps": 1e-3}, "act_kwargs": {"approximate": "tanh"}}
+    source = build(**tower)
+    torch.save(source.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="no Vision Transformer"):
+        load(tmp_path / "open_clip_pytorch_model.bin")
+    stated = {"model_cfg": {"vision_cfg": {**TOWER, **tower}}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(stated))
+    model = load(tmp_path)
+    torch.testing.assert_close(
+        probed(model, images), tokens(source.visual, images), atol=1e-5, rtol=0
+    )
+    assert (model.facts["norm_eps"].value, model.facts["norm_eps"].evidence) == (1e-3, "config")
+    assert model.facts["activation"].value == "GELUTanh"
+
+
+def test_a_tower_of_timm_by_its_name(tmp_path: Path) -> None:
+    trunk = timm.create_model("vit_tiny_patch16_224", img_size=32)
+    own = {f"visual.trunk.{key}": tensor for key, tensor in trunk.state_dict().items()}
+    torch.save(own, tmp_path / "open_clip_pytorch_model.bin")
+    stated = {"model_cfg": {"vision_cfg": {"timm_model_name": "vit_tiny_patch16_224"}}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(stated))
+    facts = load(tmp_path).facts
+    for name, value in (("heads", 3), ("norm_eps", 1e-6), ("activation", "GELU")):
+        assert facts[name] == Fact(value, "config", "vit_tiny_patch16_224")

@@ -257,3 +257,33 @@ def test_timm_reads_the_same_file(tmp_path: Path) -> None:
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     same(model, source, images)
     assert model.mean == (0.5, 0.5, 0.5)
+
+
+def test_mmpretrain_resizes_positions_without_antialiasing(tmp_path: Path, tiny: Tiny) -> None:
+    tensors = renamed(tiny().state_dict(), _MMPRETRAIN, "backbone.")
+    path = tmp_path / "mmpretrain.pth"
+    torch.save({"state_dict": tensors, "meta": {}}, path)
+    fact = load(path, heads=4, size=24).facts["position_embedding"]
+    assert fact.value == "resized bicubic, not antialiased, from 4x4 to 6x6"
+
+
+def test_a_hybrid_of_jax_is_refused(tmp_path: Path, tiny: Tiny) -> None:
+    arrays = flax_names(4, tiny(patch_size=1, in_chans=8).state_dict(), big_vision=False)
+    stem = {"conv_root/kernel": np.zeros((7, 7, 3, 8), "f"), "gn_root/scale": np.zeros(8, "f")}
+    path = tmp_path / "R50+ViT.npz"
+    np.savez(path, **arrays, **stem)
+    with pytest.raises(CheckpointError, match=r"also holds .*conv_root"):
+        load(path)
+
+
+def test_timm_names_a_grid_that_is_not_square(tmp_path: Path, tiny: Tiny) -> None:
+    source = tiny(img_size=(8, 32))
+    torch.save(source.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(
+        '{"architecture": "vit_odd", "model_args": {"num_heads": 4}, '
+        '"pretrained_cfg": {"input_size": [3, 8, 32]}}'
+    )
+    model = load(tmp_path)
+    torch.testing.assert_close(model.module.state_dict(), source.state_dict())
+    assert (model.facts["grid"].value, model.facts["grid"].evidence) == ((2, 8), "config")
+    assert (model.facts["heads"].value, model.facts["heads"].evidence) == (4, "config")

@@ -258,3 +258,92 @@ def test_other_models_of_transformers_are_refused(tmp_path: Path) -> None:
     transformers.SwinModel(config).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="lacks"):
         load(tmp_path)
+
+
+def test_positions_are_resized_with_antialiasing_where_there_are_registers(tmp_path: Path) -> None:
+    source = MODELS["dinov2 registers"]()
+    source.save_pretrained(tmp_path)
+    images = torch.rand(2, 3, 12, 20, generator=torch.Generator().manual_seed(3))
+    model = load(tmp_path, size=(12, 20))
+    torch.testing.assert_close(probed(model, images), features(source, images), atol=1e-5, rtol=0)
+    assert "bicubic antialiased" in model.facts["position_embedding"].value
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_registers_in_half_precision(tmp_path: Path, images: Tensor, dtype: torch.dtype) -> None:
+    source = MODELS["dinov2 registers"]().to(dtype)
+    source.save_pretrained(tmp_path)
+    expected = features(source.float(), images)
+    torch.testing.assert_close(probed(load(tmp_path), images), expected, atol=1e-5, rtol=0)
+
+
+def test_the_base_of_rotary_periods(tmp_path: Path, images: Tensor) -> None:
+    source = build("DINOv3ViTModel", "DINOv3ViTConfig", rope_theta=10000.0)
+    source.save_pretrained(tmp_path)
+    expected = features(source, images)
+    torch.testing.assert_close(probed(load(tmp_path), images), expected, atol=1e-5, rtol=0)
+    restated(tmp_path, rope_theta=-1)
+    with pytest.raises(CheckpointError, match="the base -1 of its rotary periods"):
+        load(tmp_path)
+
+
+def restated(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 3}, "its config gives depth 3, its tensors 2"),
+        ({"hidden_size": 64}, "its config gives embed_dim 64, its tensors 32"),
+    ],
+)
+def test_a_config_that_contradicts_the_tensors(
+    tmp_path: Path, changes: dict[str, int], message: str
+) -> None:
+    MODELS["vit"]().save_pretrained(tmp_path)
+    restated(tmp_path, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stated", "mean", "std"),
+    [
+        ({"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}, 0.0, 1.0),
+        ({"image_mean": 0.5, "image_std": 0.25}, 0.5, 0.25),
+        ({"do_normalize": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}, 0.0, 1.0),
+    ],
+)
+def test_what_a_preprocessor_normalises_by(
+    tmp_path: Path, stated: dict[str, Any], mean: float, std: float
+) -> None:
+    MODELS["vit"]().save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(stated))
+    model = load(tmp_path)
+    assert (model.mean, model.std) == ((mean,) * 3, (std,) * 3)
+    assert model.facts["mean"].evidence == model.facts["std"].evidence == "config"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("std", 0.0), ("std", -0.5), ("std", float("nan")), ("mean", float("inf"))]
+)
+def test_statistics_that_normalise_nothing(tmp_path: Path, name: str, value: float) -> None:
+    MODELS["vit"]().save_pretrained(tmp_path)
+    stated = {f"image_{name}": [value] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(stated))
+    with pytest.raises(CheckpointError, match=f"states {name} .*give it as {name}="):
+        load(tmp_path)
+    assert getattr(load(tmp_path, **{name: 0.5}), name) == (0.5,) * 3
+
+
+def test_the_config_of_a_backbone(tmp_path: Path, images: Tensor) -> None:
+    backbone = transformers.Dinov2Config(**SMALL, layer_norm_eps=1e-3, out_features=["stage2"])
+    config = transformers.DepthAnythingConfig(
+        backbone_config=backbone, neck_hidden_sizes=[8] * 4, fusion_hidden_size=8
+    )
+    transformers.DepthAnythingForDepthEstimation(config).save_pretrained(tmp_path)
+    model = load(tmp_path)
+    assert (model.facts["heads"].value, model.facts["heads"].evidence) == (4, "config")
+    assert (model.facts["norm_eps"].value, model.facts["norm_eps"].evidence) == (1e-3, "config")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from timm.models.beit import Beit
 from timm.models.eva import Eva
@@ -387,3 +388,30 @@ def test_a_dropped_tensor_is_named(tmp_path: Path, kind: str) -> None:
         merged = own.replace("qkv.bias", "q_bias").replace("v_bias", "q_bias")
         assert str(path) in str(caught.value)
         assert any(name in str(caught.value) for name in (key, own, merged))
+
+
+def test_dinov2_with_registers_resizes_positions_with_antialiasing(tmp_path: Path) -> None:
+    module, tensors = dinov2(registers=True)
+    images = torch.rand(2, 3, 12, 20, generator=torch.Generator().manual_seed(2))
+    model = load(saved(tmp_path, tensors), heads=4, size=(12, 20))
+    torch.testing.assert_close(features(model, images), hidden(module, images), atol=1e-5, rtol=0)
+
+
+def test_eva02_is_no_beit(tmp_path: Path) -> None:
+    module = timm.create_model(
+        "eva02_small_patch14_224", img_size=28, depth=2, embed_dim=48, num_heads=2, num_classes=0
+    )
+    with pytest.raises(CheckpointError, match="gated MLPs are EVA-02's"):
+        load(saved(tmp_path, module.state_dict()))
+
+
+def test_a_beit_of_timm_is_normalised_as_its_folder_says(tmp_path: Path) -> None:
+    module = Beit(**SMALL, use_rel_pos_bias=True, use_abs_pos_emb=False)
+    torch.save(module.state_dict(), tmp_path / "pytorch_model.bin")
+    stated = '{"pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}}'
+    (tmp_path / "config.json").write_text(stated)
+    model = load(tmp_path)
+    assert model.report is not None
+    assert model.report.dialect == "beit"
+    assert model.facts["mean"] == Fact((0.5,) * 3, "config")
+    assert model.facts["std"] == Fact((0.25,) * 3, "config")

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 import tempfile
@@ -30,7 +31,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import vitprobe as vp
-from vitprobe.errors import VitprobeError
+from vitprobe.errors import CheckpointError, VitprobeError
 
 SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4}
 FUZZ = settings(
@@ -256,6 +257,13 @@ def test_what_is_not_damaged_loads(tmp_path, dialect):
     check_claims(model, content)
 
 
+def test_a_few_bytes_that_read_as_many_numbers_are_refused(tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save({**vit(), "reg_token": torch.zeros(1).expand(1, 1 << 40, 32)}, path)
+    with pytest.raises(CheckpointError, match=r"reg_token in .* of which the file does not hold"):
+        vp.load(path, heads=4)
+
+
 @pytest.mark.parametrize("dialect", WRITERS)
 def test_no_tensor_of_the_encoder_can_be_missing_unnoticed(tmp_path, dialect):
     """Dropped one by one: refused, or no part of what the report claims."""
@@ -277,8 +285,8 @@ def test_no_tensor_of_the_encoder_can_be_missing_unnoticed(tmp_path, dialect):
 SHAPES: list[Callable[[Tensor], Tensor]] = [
     lambda t: t.flatten(),
     lambda t: t[None],
-    lambda t: t.mT if t.ndim > 1 else t[:, None],
-    lambda t: t[..., :-1],
+    lambda t: t.mT if t.ndim > 1 else t[..., None],
+    lambda t: t[..., :-1] if t.ndim else t,
     lambda t: torch.cat([t, t]) if t.ndim else t,
     lambda t: t.new_empty(0),
     lambda t: t.new_zeros(()),
@@ -443,9 +451,49 @@ def safetensors(path: Path, dialect: str) -> None:
     save_file(flat(dialect), path)
 
 
+FLAX = (
+    (r"^cls_token$", "cls"),
+    (r"^pos_embed$", "Transformer/posembed_input/pos_embedding"),
+    (r"^patch_embed\.proj", "embedding"),
+    (r"^norm\.", "Transformer/encoder_norm."),
+    (r"^blocks\.(\d)\.", r"Transformer/encoderblock_\1/"),
+    (r"/norm1\.", "/LayerNorm_0."),
+    (r"/norm2\.", "/LayerNorm_2."),
+    (r"/mlp\.fc1", "/MlpBlock_3/Dense_0"),
+    (r"/mlp\.fc2", "/MlpBlock_3/Dense_1"),
+    (r"/attn\.", "/MultiHeadDotProductAttention_1/"),
+    (r"(norm|LayerNorm_\d)\.weight", r"\1.scale"),
+    (r"weight$", "kernel"),
+)
+
+
+def flax(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """timm's tensors as the original JAX ViTs have them: kernels as (in, out), heads on an axis."""
+    arrays = {}
+    for key, value in tensors.items():
+        for pattern, replacement in FLAX:
+            key = re.sub(pattern, replacement, key)
+        key = key.replace(".", "/")
+        if "/qkv/" in key:
+            for name, part in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                shape = (32, 4, 8) if part.ndim == 2 else (4, 8)
+                arrays[key.replace("qkv", name)] = (
+                    part.T.reshape(shape) if part.ndim == 2 else (part.reshape(shape))
+                )
+        elif "/proj/" in key:
+            arrays[key.replace("proj", "out")] = (
+                value.T.reshape(4, 8, 32) if value.ndim == 2 else value
+            )
+        elif value.ndim == 4:
+            arrays[key] = value.permute(2, 3, 1, 0)
+        else:
+            arrays[key] = value.T if value.ndim == 2 else value
+    return {key: value.contiguous().numpy() for key, value in arrays.items()}
+
+
 def npz(path: Path, dialect: str) -> None:
-    arrays = {key.replace(".", "/"): v.numpy() for key, v in flat(dialect).items()}
-    np.savez(path, **arrays, hook=np.array([Payload()], dtype=object))
+    arrays = flax(flat(dialect)) if dialect == "timm" else {"hook": np.array([Payload()])}
+    np.savez(path, **arrays)
 
 
 CONTAINERS = {
@@ -509,9 +557,8 @@ def test_damaged_files_are_refused_or_loaded_and_run_nothing(name, dialect, edit
 def test_files_with_a_payload_run_nothing(name, tmp_path):
     (tmp_path / name).write_bytes(whole(name, "timm"))
     model = tried(tmp_path / name)
-    if name.endswith((".pth", ".safetensors")):
-        assert model is not None
-        check_claims(model, flat("timm"))
+    assert model is not None
+    check_claims(model, flat("timm"))
 
 
 @cache
@@ -539,6 +586,11 @@ def _no_folder_left() -> Iterator[None]:
     yield
     if saved_folder.cache_info().currsize:
         shutil.rmtree(saved_folder())
+
+
+def test_arrays_of_objects_run_nothing(tmp_path):
+    npz(tmp_path / "model.npz", "mae")
+    assert tried(tmp_path / "model.npz") is None
 
 
 def test_a_saved_folder_loads():

@@ -87,6 +87,7 @@ def test_saved_folders(tmp_path: Path) -> None:
         ("mae.pth,heads=3,heads=6", "'heads' is given twice"),
         ("mae.pth,size=1x2x3", "an input size such as 224"),
         ("mae.pth,mean=x", "0.48/0.45/0.40"),
+        ("mae.pth,mean=124/116/104", "of images in [0, 1]"),
         ("mae.pth,std=0", "above 0"),
         ("mae.pth,eps=nan", "epsilon"),
         ("mae.pth,seed=1", "'seed' does not apply"),

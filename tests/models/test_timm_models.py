@@ -52,7 +52,7 @@ def test_init_of_another_size() -> None:
         ("timm:deit_tinny_patch16_224", f"Did you mean '{TINY}'?"),
         (f"init:{TINY}.nothing", "no weights 'nothing'"),
         ("init:vit_small_patch14_dinov2,size=100", "not a multiple of the model's patch, 14x14"),
-        ("init:deit_tiny_patch16_224,mean=1/2", "2 values for images of 3 channels"),
+        ("init:deit_tiny_patch16_224,mean=0.5/0.4", "2 values for images of 3 channels"),
     ],
 )
 def test_names_and_options_that_timm_lacks(spec: str, message: str) -> None:

@@ -24,6 +24,7 @@ def test_random_weights_are_keyed_by_their_seed() -> None:
     assert first.input_size == (3, 64, 64)
     assert (first.facts["width"].value, first.facts["depth"].value) == (768, 12)
     assert first.facts["heads"].value == 12
+    assert first.facts["position_embedding"].value == "random"
     assert first.mean == (0.485, 0.456, 0.406)
     assert first.facts["mean"].evidence == "torchvision"
     assert first.report is None
@@ -42,6 +43,7 @@ def test_published_weights_from_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_p
     torch.testing.assert_close(model.module.state_dict(), source.state_dict())
     assert model.report is not None
     assert model.report.loaded_fraction == 1
+    assert model.facts["position_embedding"].value == "none added to the tokens"
     assert model.sha256
     assert not model.module.training
     assert not is_untrained(model)
@@ -69,6 +71,8 @@ def test_unreachable_weights_are_said_within_ten_seconds(
 def test_unknown_models_and_weights() -> None:
     with pytest.raises(SourceError, match=r"no model 'vit_b_61'\. Did you mean 'vit_b_16'\?"):
         load("torchvision:vit_b_61")
+    with pytest.raises(SourceError, match=r"no model 'maxvit'\. Did you mean 'maxvit_t'\?"):
+        load("torchvision:maxvit")
     with pytest.raises(SourceError, match="no weights 'V7' for 'vit_b_16'; it has IMAGENET1K_V1"):
         load("torchvision:vit_b_16.V7")
 

@@ -223,11 +223,12 @@ def test_assumed_facts_are_said_with_their_values():
         "A": Subject(4, heads=12, assumed=("heads", "mean")),
         "B": Subject(4, assumed=("norm_eps",)),
         "C": Subject(4),
+        "D": Subject(4, assumed=("mean",)),
     }
     result = comparison(subjects)
     assert findings.assumed_heads(result) == [("A", 12)]
     assert findings.other_assumptions(result) == (
-        "Assumed, not read: mean (0.485 / 0.456 / 0.406) of A; norm eps (1e-06) of B."
+        "Assumed, not read: mean (0.485 / 0.456 / 0.406) of A and D; norm eps (1e-06) of B."
     )
     assert findings.other_assumptions(comparison({"C": Subject(4)})) == ""
 

@@ -6,8 +6,9 @@ Both see a model through the same hooks as a comparison does, and leave its outp
 
 from __future__ import annotations
 
+import operator
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -39,6 +40,7 @@ from vitprobe.models.anatomy import Layout, Site
 What = Literal["features", "attention", "both"]
 
 _WHAT: Final = ("features", "attention", "both")
+_PRECISIONS: Final = ("fp32", "bf16")
 _UNSEEN: Final = (
     "it did not run, or ran where nothing can be seen: in a TorchScript module, or, for attention, "
     "in another thread or process"
@@ -54,7 +56,8 @@ class Layers(Mapping[int, Tensor]):
 
     def __getitem__(self, layer: int) -> Tensor:
         if layer not in self._layers:
-            raise KeyError(layer)
+            kept = ", ".join(map(str, self._layers)) or "none"
+            raise KeyError(f"layer {layer} was not captured; layers that were: {kept}")
         return self._fetch(layer)
 
     def __iter__(self) -> Iterator[int]:
@@ -95,7 +98,7 @@ class Captured:
 def capture(
     model: Model | nn.Module,
     images: Any,
-    layers: Sequence[int] | None = None,
+    layers: Iterable[int] | None = None,
     *,
     what: What = "features",
     convention: Convention = "normed",
@@ -116,8 +119,8 @@ def capture(
         model: from `load` or `wrap`, or any `nn.Module`, which is wrapped under the defaults of
             `wrap`.
         images: an array or tensor (n, channels, height, width) in [0, 1], kept in its order, or
-            whatever else `vitprobe.images` takes, in the order that gives; `names` says which. They
-            are resized and normalised as the model wants them.
+            whatever else `vitprobe.images` takes, files in the seeded order that gives; `names`
+            says which. They are resized and normalised as the model wants them.
         layers: features 0 … L, attention layers 0 …, negative ones counted from the last; all
             unless given.
         what: `features`, `attention` or `both`.
@@ -142,10 +145,12 @@ def capture(
         DataError: images that are none, or cannot be decoded.
         ResultError: `out` cannot be written.
     """
-    _check(what, batch_size)
+    _check(what)
+    _check_run(dtype, batch_size, precision)
+    chosen = _read(layers)
     with ExitStack() as stack:
         model = stack.enter_context(_described(model))
-        plan = _plan(model, layers, what, convention)
+        plan = _plan(model, chosen, what, convention)
         where = find_device(device)
         view = View(*model.input_size)
         count, parts = batches(images, view, batch_size, workers)
@@ -194,7 +199,7 @@ def capture(
 @contextmanager
 def capturing(
     model: Model | nn.Module,
-    layers: Sequence[int] | None = None,
+    layers: Iterable[int] | None = None,
     *,
     what: What = "features",
     convention: Convention = "normed",
@@ -209,7 +214,8 @@ def capturing(
     The module, or any that contains it, is run as always: its inputs, mode, autocast and device are
     the caller's, and its output does not change. Where gradients are on, what is captured has its
     own. Features come in the model's dtype, attention in single precision and before dropout. Each
-    forward pass adds its images to those before.
+    forward pass adds its images to those before. A bare module is described by a few runs on noise
+    at each use: before a loop, `wrap` it once.
 
     Not seen are TorchScript modules and, of attention, other threads and processes (DataParallel).
     What is compiled by `torch.compile` runs uncompiled inside the block.
@@ -221,10 +227,11 @@ def capturing(
         CaptureError: as for `capture`; at the end of the block, where a layer stayed silent or gave
             other images than the rest.
     """
-    _check(what, 1)
+    _check(what)
+    chosen = _read(layers)
     with _described(model) as known:
         model = known
-    plan = _plan(model, layers, what, convention)
+    plan = _plan(model, chosen, what, convention)
     features: dict[int, list[Tensor]] = {layer: [] for layer in plan.layouts}
     attention: dict[int, list[Tensor]] = {layer: [] for layer in plan.sites}
     maps = Maps(plan.sites, lambda layer, tensor: attention[layer].append(tensor))
@@ -268,11 +275,36 @@ class _Plan:
     sites: dict[int, Site]
 
 
-def _check(what: str, batch_size: int) -> None:
+def _check(what: str) -> None:
     if what not in _WHAT:
         raise CaptureError(f"cannot capture '{what}': choose one of {', '.join(_WHAT)}")
+
+
+def _check_run(dtype: object, batch_size: int, precision: str) -> None:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise CaptureError(f"dtype={dtype!r} is no torch dtype of floats, such as torch.float16")
     if batch_size < 1:
         raise CaptureError(f"a batch of {batch_size} images is none; give 1 or more")
+    if precision not in _PRECISIONS:
+        raise CaptureError(f"unknown precision '{precision}': use {' or '.join(_PRECISIONS)}")
+
+
+def _read(layers: Iterable[int] | None) -> list[int] | None:
+    """The numbers of the chosen layers, read once: they may come from a generator or an array."""
+    if layers is None:
+        return None
+    try:
+        given = list(layers)
+        chosen = [operator.index(layer) for layer in given]
+    except TypeError:
+        given = chosen = []
+    # A mask of layers would be read as layers 0 and 1.
+    if not chosen or any(isinstance(layer, bool) for layer in given):
+        raise CaptureError(
+            f"layers={layers!r} are no numbers of layers: give integers such as [0, -1], or leave "
+            "it out for all"
+        )
+    return chosen
 
 
 @contextmanager

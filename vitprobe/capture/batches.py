@@ -53,6 +53,12 @@ def _checked(tensor: Tensor, view: View) -> Tensor:
             f"images of shape {tuple(tensor.shape)} are none: give (n, channels, height, width)"
         )
     height, width = tensor.shape[2:]
+    channels = (1, 3, view.channels)
+    if tensor.shape[3] in channels and tensor.shape[1] not in channels:
+        raise DataError(
+            f"images of shape {tuple(tensor.shape)} have their channels last: give (n, channels, "
+            "height, width)"
+        )
     if height != width and (height, width) != view[1:]:
         raise DataError(
             f"images of {height} x {width} pixels: crop them to squares, or resize them to the "

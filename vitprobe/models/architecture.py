@@ -17,9 +17,16 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from vitprobe.errors import CheckpointError, SourceError
-from vitprobe.models.evidence import RELATIVE_TABLE, Evidence, activation, heads, norm_eps
+from vitprobe.models.evidence import (
+    RELATIVE_TABLE,
+    Evidence,
+    activation,
+    heads,
+    norm_eps,
+    with_named,
+)
 from vitprobe.models.model import ASSUMED, Fact
-from vitprobe.models.rebuilding import Architecture, Kind, mlp_ratio
+from vitprobe.models.rebuilding import ROPE_BASE, Architecture, Kind, mlp_ratio
 
 _BLOCK = re.compile(r"blocks\.(\d{1,4})\.")
 _SHARED_TABLE = f"rel_pos_bias.{RELATIVE_TABLE}"
@@ -72,12 +79,14 @@ def infer_architecture(
         "reg_tokens": registers,
     }
     _check_config(path, evidence.config, stated)
+    _check_settings(path, evidence, stated)
+    evidence = with_named(path, evidence, width, depth)
 
     kind: Kind = "rope" if rope else "beit" if relative else "distilled" if distilled else "vit"
     stored_grid, no_embed_class, grid_fact = _grid(path, tensors, prefix, patch, kind, evidence)
     grid = _new_grid(stored_grid, patch, evidence.options.get("size"))
     antialias = _antialias(evidence)
-    head_fact = heads(path, tensors, width, depth, evidence)
+    head_fact = heads(path, tensors, width, evidence)
     eps = norm_eps(path, evidence)
     act, act_layer = activation(path, evidence)
     if kind in ("beit", "rope"):
@@ -103,6 +112,8 @@ def infer_architecture(
         "norm_layer": partial(nn.LayerNorm, eps=eps.value),
         "act_layer": act_layer,
     }
+    if rope:
+        arguments["rope_base"] = _rope_base(path, evidence)
     shapes = {
         "width": width,
         "depth": depth,
@@ -110,7 +121,7 @@ def infer_architecture(
         "prefix_tokens": prefix,
         "registers": registers,
         "mlp_ratio": round(hidden / (2 if swiglu else 1) / width, 6),
-        "pre_norm": pre_norm,
+        "norm_before_blocks": pre_norm,
         "final_norm": "fc_norm" if pooled else "norm",
     }
     facts = {
@@ -216,6 +227,25 @@ def _check_config(path: Path, config: Mapping[str, Any], stated: Mapping[str, An
             )
 
 
+def _check_settings(path: Path, evidence: Evidence, found: Mapping[str, Any]) -> None:
+    for name in ("embed_dim", "depth"):
+        said = evidence.stated.get(name)
+        if type(said) is int and said != found[name]:
+            raise CheckpointError(
+                f"'{path}' contradicts itself: its {evidence.saved_as} gives {name} {said}, its "
+                f"tensors {found[name]}; copy the model again, or its weights alone."
+            )
+
+
+def _rope_base(path: Path, evidence: Evidence) -> float:
+    fact = evidence.find("rope_base")
+    if fact is None:
+        return ROPE_BASE
+    if type(fact.value) not in (int, float) or not 1 < fact.value < math.inf:
+        raise CheckpointError(f"'{path}' states the base {fact.value} of its rotary periods.")
+    return float(fact.value)
+
+
 def _pair(value: Any) -> tuple[int, int]:
     rows, columns = value if isinstance(value, list | tuple) else (value, value)
     return rows, columns
@@ -231,7 +261,8 @@ def _grid(
 ) -> tuple[tuple[int, int], bool, Fact]:
     """(rows, columns) of the stored positions, and whether they leave out the prefix tokens.
 
-    A square count of positions is a square grid, with the prefix tokens' own positions or without.
+    A count of positions, with the prefix tokens' own or without, is that of the grid at the size
+    that the user gives, or else a square one.
     """
     if "pos_embed" not in tensors and kind == "rope":
         return _rope_grid(path, patch, evidence)
@@ -260,12 +291,13 @@ def _grid(
     saved = _saved_size(evidence)
     if saved and (found := from_size(saved, evidence.saved_as)):
         return found
+    given = from_size(evidence.options["size"], "user") if "size" in evidence.options else None
     for count, no_embed_class in counts.items():
+        if given and given[0][0] * given[0][1] == count:
+            return given
         side = math.isqrt(max(count, 0))
         if side and side * side == count:
             return (side, side), no_embed_class, Fact((side, side), "tensor shape")
-    if "size" in evidence.options and (found := from_size(evidence.options["size"], "user")):
-        return found
     raise CheckpointError(
         f"'{path}' has {positions} positions in pos_embed, no square grid beside {prefix} prefix "
         "tokens: give the size it was trained at as size=HxW, unless its cls_token, dist_token "
@@ -306,14 +338,14 @@ def _relative_grid(
     """A table has (2 rows - 1) (2 columns - 1) offsets and three entries for the class token."""
     key = next(key for key in tensors if key.endswith(RELATIVE_TABLE))
     entries = _shape(path, tensors, key, 2)[0]
-    side = (math.isqrt(max(entries - 3, 0)) + 1) // 2
-    if (2 * side - 1) ** 2 + 3 == entries:
-        return (side, side), False, Fact((side, side), "tensor shape")
     size = evidence.options.get("size")
     if size is not None:
         rows, columns = (side // p for side, p in zip(size, patch, strict=True))
         if (2 * rows - 1) * (2 * columns - 1) + 3 == entries:
             return (rows, columns), False, Fact((rows, columns), "user")
+    side = (math.isqrt(max(entries - 3, 0)) + 1) // 2
+    if (2 * side - 1) ** 2 + 3 == entries:
+        return (side, side), False, Fact((side, side), "tensor shape")
     raise CheckpointError(
         f"{key} in '{path}' has {entries} entries, those of no square grid: give the size it was "
         "trained at as size=HxW."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ _SETTINGS = (
     *("preprocessor_config", "config", "cfg", "model_args", "hyper_parameters", "hparams", "args"),
 )
 _DEPTH = 3
+# Dictionaries in one file: a few bytes can claim more than anything could ever walk through.
+_MANY = 10_000
 # Of an encoder that is a moving average of another, and of that other, under whatever name.
 _AVERAGED = re.compile(r"ema|teacher|momentum|target")
 _AVERAGES, _TRAINED = ("ema", "teacher", "momentum"), ("student",)
@@ -51,23 +53,30 @@ def choose_branch(
 ) -> Choice:
     """The encoder named `wanted`, or else the default of the file's dialect.
 
-    Raises CheckpointError where the file holds no Vision Transformer, or not the one wanted.
+    Raises CheckpointError where the file holds no Vision Transformer, or not the one wanted, or
+    several in different dialects, none of which is the default.
     """
-    for dialect in DIALECTS:
-        branches = list(_find(content, dialect.landmark))
-        if branches and dialect.recognise(branches, settings):
-            break
-    else:
-        raise CheckpointError(f"'{path}' {_no_transformer(content)}")
+    state_dicts = _state_dicts(path, content)
+    found = _encoders(state_dicts, settings)
+    if not found:
+        raise CheckpointError(f"'{path}' {_no_transformer(content, state_dicts)}")
+    branches = [branch for _, branch in found]
     named: dict[str, Branch] = {}
     for branch in branches:
         name = branch.name if branch.name not in named else f"{branch.container}:{branch.prefix}"
         named.setdefault(name, branch)
-    if wanted is None:
-        name = next((name for name in dialect.branches if name in named), next(iter(named)))
-    else:
+    dialect = found[0][0]
+    if wanted is not None:
         name = _called(path, wanted, named)
+    elif any(other.landmark != dialect.landmark for other, _ in found):
+        raise CheckpointError(
+            f"'{path}' holds encoders of different kinds: {', '.join(named)}; choose one with "
+            "branch=."
+        )
+    else:
+        name = next((name for name in dialect.branches if name in named), next(iter(named)))
     chosen = named[name]
+    dialect = next(dialect for dialect, branch in found if branch is chosen)
     return Choice(
         dialect,
         chosen,
@@ -81,9 +90,15 @@ def choose_branch(
 
 
 def _called(path: Path, wanted: str, named: Mapping[str, Branch]) -> str:
-    for name, branch in named.items():
-        if wanted in (name, branch.container, branch.prefix.rstrip(".")):
-            return name
+    if wanted in named:
+        return wanted
+    there = [
+        name
+        for name, branch in named.items()
+        if wanted in (branch.container, branch.prefix.rstrip("."))
+    ]
+    if len(there) == 1:
+        return there[0]
     if wanted in _AVERAGES + _TRAINED:
         alike = [name for name in named if wanted in name.lower()] or [
             name for name in named if (wanted in _AVERAGES) == bool(_AVERAGED.search(name.lower()))
@@ -95,19 +110,51 @@ def _called(path: Path, wanted: str, named: Mapping[str, Branch]) -> str:
     )
 
 
-def _find(
-    content: Any, landmark: str, container: str = "", depth: int = _DEPTH
-) -> Iterator[Branch]:
-    if not isinstance(content, Mapping):
-        return
-    tensors = _tensors(content)
-    for key in tensors:
-        if key == landmark or key.endswith(f".{landmark}"):
-            yield Branch(container, key.removesuffix(landmark), tensors)
-    if depth:
-        for key, value in content.items():
+def _encoders(
+    state_dicts: Sequence[tuple[str, dict[str, Tensor]]], settings: Mapping[str, Any]
+) -> list[tuple[Dialect, Branch]]:
+    """Every encoder of the file, in the first dialect that recognises it."""
+    found: dict[tuple[str, str], tuple[Dialect, Branch]] = {}
+    for dialect in DIALECTS:
+        branches = [
+            Branch(container, key.removesuffix(dialect.landmark), tensors)
+            for container, tensors in state_dicts
+            for key in tensors
+            if key == dialect.landmark or key.endswith(f".{dialect.landmark}")
+        ]
+        if branches and dialect.recognise(branches, settings):
+            for branch in branches:
+                place = branch.container, branch.prefix + dialect.landmark
+                found.setdefault(place, (dialect, branch))
+    return list(found.values())
+
+
+def _state_dicts(path: Path, content: Any) -> list[tuple[str, dict[str, Tensor]]]:
+    """The dictionaries with tensors among the content and what it nests, by their paths in it.
+
+    Raises CheckpointError where it nests too many to walk through.
+    """
+    found: list[tuple[str, dict[str, Tensor]]] = []
+    walked = 0
+
+    def walk(value: Any, container: str, depth: int) -> None:
+        nonlocal walked
+        if not isinstance(value, Mapping):
+            return
+        walked += 1
+        if walked > _MANY:
+            raise CheckpointError(
+                f"'{path}' nests more than {_MANY:,} dictionaries; save the model's state_dict() "
+                "alone."
+            )
+        if tensors := _tensors(value):
+            found.append((container, tensors))
+        for key, inner in value.items() if depth else ():
             if isinstance(key, str):
-                yield from _find(value, landmark, f"{container}.{key}".lstrip("."), depth - 1)
+                walk(inner, f"{container}.{key}".lstrip("."), depth - 1)
+
+    walk(content, "", _DEPTH)
+    return found
 
 
 def _tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
@@ -118,21 +165,13 @@ def _tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
     }
 
 
-def _no_transformer(content: Any) -> str:
+def _no_transformer(content: Any, state_dicts: Sequence[tuple[str, dict[str, Tensor]]]) -> str:
     if isinstance(content, Inert):
         return "holds a whole pickled object, not weights; save the model's state_dict() instead."
-    keys = list(_all_keys(content))
+    keys = [key for _, tensors in state_dicts for key in tensors]
     if not keys:
         return "holds no tensors under names; save the model's state_dict() instead."
     return (
         f"holds no Vision Transformer that vitprobe knows: none of its {len(keys)} tensors "
         f"({', '.join(keys[:3])}, …) is a '{DIALECTS[-1].landmark}' or its like in other dialects."
     )
-
-
-def _all_keys(content: Any, depth: int = _DEPTH) -> Iterator[str]:
-    if isinstance(content, Mapping):
-        yield from _tensors(content)
-        if depth:
-            for value in content.values():
-                yield from _all_keys(value, depth - 1)

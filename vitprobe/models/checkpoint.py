@@ -10,6 +10,7 @@ the weights can still be read, and does nothing. Folders are `vitprobe.models.fo
 from __future__ import annotations
 
 import hashlib
+import stat
 import struct
 import zipfile
 from dataclasses import dataclass
@@ -53,14 +54,19 @@ def read_checkpoint(path: str | Path) -> CheckpointFile:
     """
     path = Path(path)
     try:
+        if stat.S_ISFIFO(mode := path.stat().st_mode) or stat.S_ISCHR(mode):
+            raise CheckpointError(f"'{path}' is a device or a pipe; give a checkpoint file.")
         with path.open("rb") as stream:
             head = stream.read(9)
             stream.seek(0)
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
             stream.seek(0)
             container, content, metadata = _read(path, stream, head)
-    except FileNotFoundError:
-        raise CheckpointError(f"There is no checkpoint file '{path}'.") from None
+    except (FileNotFoundError, ValueError):  # no path has a null byte
+        raise CheckpointError(
+            f"There is no checkpoint file '{path}'; a timm model is named as timm:NAME, one of "
+            "Hugging Face as hf:NAME."
+        ) from None
     except IsADirectoryError:
         raise CheckpointError(
             f"'{path}' is a directory; give the checkpoint file in it, or run:DIR for a run of "

@@ -48,8 +48,8 @@ def find_input_size(module: nn.Module) -> tuple[int, int, int]:
     size = _stated_size(module)
     if first is None or size is None:
         raise CaptureError(
-            f"This {type(module).__name__} does not name its input size; give it as "
-            "input_size=(channels, height, width)."
+            f"This {type(module).__name__} does not name its input size; give it as in "
+            "wrap(module, name=…, input_size=(channels, height, width))."
         )
     return first.shape[1], *size
 

@@ -7,7 +7,7 @@ code fixes, and last what is usual, which is recorded as assumed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ import timm
 import torch
 from timm.layers import GELUTanh, QuickGELU
 from timm.models.beit import Beit
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.beit import Block as BeitBlock
+from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from vitprobe.errors import CheckpointError, SourceError
 from vitprobe.models.formats.base import Dialect, Settings, Tensors, architecture_name
+from vitprobe.models.formats.timm import TIMM
 from vitprobe.models.meta import on_meta
 from vitprobe.models.model import ASSUMED, Fact
 
@@ -38,11 +40,13 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "quickgelu": QuickGELU,
 }
 # timm's convention is 64 channels a head; its largest models are the exceptions.
-_USUAL_HEADS = {1280: 16, 1408: 16, 1664: 16}
+_USUAL_HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16, 1792: 16}
 # What shows the number of heads: a table's columns, and a quarter of a head's channels.
 RELATIVE_TABLE, ROPE_PERIODS = "relative_position_bias_table", "rope.periods"
 # timm's modules whose models may have the encoder of a checkpoint file.
 _NAMED = ["vision_transformer", "deit", "beit", "eva"]
+# Blocks with nothing but what a rebuilt model has.
+_PLAIN = (Block, BeitBlock, EvaBlock)
 _HEAD_COUNTS = ("num_heads", "n_heads", "heads", "encoder_num_heads")
 
 
@@ -56,6 +60,7 @@ class Evidence:
     stated: facts that the dialect reads in those settings.
     seen: facts that the dialect reads in the tensors.
     saved_as: what those settings are: "config" or "args".
+    named: facts of timm's model whose name the settings have.
     """
 
     options: Mapping[str, Any]
@@ -65,6 +70,7 @@ class Evidence:
     stated: Mapping[str, Any]
     seen: Mapping[str, Any]
     saved_as: str
+    named: Mapping[str, Any] = field(default_factory=dict)
 
     def claims(self, name: str) -> Iterator[Fact]:
         """What is said of a fact of `Dialect` and not merely assumed, the strongest first."""
@@ -75,10 +81,12 @@ class Evidence:
             (self.seen, name, "tensor shape"),
             (self.stated, name, self.saved_as),
             (self.dialect.fixed, name, "dialect"),
+            (self.named, name, self.saved_as),
         )
         for said, key, evidence in sources:
             if said.get(key) is not None:
                 note = f"that of {self.dialect.name}" if evidence == "dialect" else ""
+                note = self.named["name"] if said is self.named else note
                 yield Fact(said[key], evidence, note)
 
     def assumption(self, name: str) -> Fact | None:
@@ -106,13 +114,52 @@ def find_evidence(
     Raises CheckpointError where they, or the settings, are not as the dialect writes them.
     """
     try:
-        stated, seen = dialect.stated(settings), dialect.seen(renamed)
+        said, seen = dialect.stated(settings), dialect.seen(renamed)
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise CheckpointError(
             f"'{path}' is not as the dialect {dialect.name} writes it: "
             f"{type(error).__name__}: {error}"
         ) from error
+    # timm's folders and arguments say the same of whatever dialect its models are read in.
+    stated = {**TIMM.stated(settings), **{key: said[key] for key in said if said[key] is not None}}
     return Evidence(options, config, settings, dialect, stated, seen, saved_as)
+
+
+def with_named(path: Path, evidence: Evidence, width: int, depth: int) -> Evidence:
+    """The evidence and what timm's model of the name in the settings has, if it is of this size.
+
+    Raises CheckpointError where that model computes what no tensor shows.
+    """
+    stated = evidence.stated.get("timm_model")
+    name = stated if isinstance(stated, str) else architecture_name(evidence.settings)
+    if name.partition(".")[0] not in timm.list_models(module=_NAMED):
+        return evidence
+    with torch.random.fork_rng(devices=[]), on_meta():
+        module = timm.create_model(name.partition(".")[0], pretrained=False)
+    blocks: Any = getattr(module, "blocks", ())
+    fits = isinstance(module, VisionTransformer | Beit | Eva)
+    if not fits or (module.embed_dim, len(blocks)) != (width, depth):
+        return evidence
+    unseen = {
+        "rotary positions": getattr(module, "rope", None) is not None
+        and evidence.find("rope") is None,
+        "norms behind its layers": isinstance(blocks[0], ResPostBlock | EvaBlockPostNorm),
+    }
+    if any(unseen.values()):
+        what = " and ".join(thing for thing, has in unseen.items() if has)
+        raise CheckpointError(
+            f"'{path}' holds timm's {name}, whose {what} no tensor shows: load its weights with "
+            "timm, and give the module to vitprobe.wrap."
+        )
+    if type(blocks[0]) not in _PLAIN:
+        return evidence  # whose tensors show what it is
+    facts = {
+        "name": name,
+        "heads": blocks[0].attn.num_heads,
+        "norm_eps": blocks[0].norm1.eps,
+        "activation": type(blocks[0].mlp.act).__name__,
+    }
+    return replace(evidence, named=facts)
 
 
 def norm_eps(path: Path, evidence: Evidence) -> Fact:
@@ -148,9 +195,7 @@ def activation(path: Path, evidence: Evidence) -> tuple[Fact, type[nn.Module]]:
     return Fact(kind.__name__, fact.evidence, fact.note), kind
 
 
-def heads(
-    path: Path, tensors: Mapping[str, Tensor], width: int, depth: int, evidence: Evidence
-) -> Fact:
+def heads(path: Path, tensors: Mapping[str, Tensor], width: int, evidence: Evidence) -> Fact:
     """The number of attention heads.
 
     Raises CheckpointError where nothing gives one that divides the width; SourceError where the
@@ -167,9 +212,14 @@ def heads(
                 f"({shaped.note})."
             )
         return said
-    fact = shaped or said or _heads_in_settings(width, depth, evidence)
+    fact = shaped or said or _heads_in_settings(evidence)
     fact = fact or evidence.assumption("num_heads") or _heads_by_convention(width, evidence.dialect)
-    if fact is None or not _is_count(fact.value) or width % fact.value:
+    if fact and _is_count(fact.value) and width % fact.value:
+        raise CheckpointError(
+            f"'{path}' states {fact.value} attention heads ({fact.evidence}), which cannot share "
+            f"its width of {width}; give the number as heads=N."
+        )
+    if fact is None or not _is_count(fact.value):
         raise CheckpointError(
             f"Nothing in '{path}' says how many attention heads share its width of {width}; "
             "give the number as heads=N."
@@ -195,7 +245,7 @@ def _heads_in_tensors(tensors: Mapping[str, Tensor], width: int) -> Fact | None:
     return None
 
 
-def _heads_in_settings(width: int, depth: int, evidence: Evidence) -> Fact | None:
+def _heads_in_settings(evidence: Evidence) -> Fact | None:
     """From arguments of the training run: a number, or the name of an architecture."""
     settings, dialect = evidence.settings, evidence.dialect
     for name in _HEAD_COUNTS:
@@ -204,16 +254,8 @@ def _heads_in_settings(width: int, depth: int, evidence: Evidence) -> Fact | Non
     name = architecture_name(settings)
     if dialect.heads and name in dialect.heads:
         return Fact(dialect.heads[name], evidence.saved_as, name)
-    model = name.partition(".")[0]
-    if model in timm.list_models(module=_NAMED):
-        with torch.random.fork_rng(devices=[]), on_meta():
-            named = timm.create_model(model, pretrained=False)
-        blocks: Any = getattr(named, "blocks", ())
-        if isinstance(named, VisionTransformer | Beit | Eva) and (named.embed_dim, len(blocks)) == (
-            width,
-            depth,
-        ):
-            return Fact(blocks[0].attn.num_heads, evidence.saved_as, name)
+    if "heads" in evidence.named:
+        return Fact(evidence.named["heads"], evidence.saved_as, evidence.named["name"])
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from vitprobe.models.model import LoadReport
 from vitprobe.models.rebuilding import Architecture, learned
 
 # Of the encoder's own keys, these would change what it computes: none may be left over.
-_COMPUTES = re.compile(r"blocks\.|patch_embed\.|(\w+_)?norm|.*(pos|rope|rel|token|embed)")
+_COMPUTES = re.compile(r"blocks\.|patch_embed\.|\w*norm|ln_|.*(pos|rope|rel|token|embed)")
 _HEAD = re.compile(r"head(_dist)?\.")
 # What tensors of impossible shapes make code that merges or resizes them raise.
 _IMPOSSIBLE = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError)
@@ -41,7 +42,7 @@ def read_encoder(path: Path, choice: Choice) -> Encoder:
     """The chosen encoder under timm's names.
 
     Raises CheckpointError where two of its tensors have one name, or have shapes that do not go
-    together.
+    together, or one has a shape of which the file does not hold the numbers.
     """
     branch, dialect = choice.branch, choice.dialect
     sources: dict[str, str] = {}
@@ -57,6 +58,13 @@ def read_encoder(path: Path, choice: Choice) -> Encoder:
             )
         sources[name] = key
     renamed = {name: branch.tensors[branch.prefix + key] for name, key in sources.items()}
+    for name, tensor in renamed.items():
+        # A few bytes can be read as any number of numbers, more than memory holds.
+        if tensor.layout == torch.strided and tensor.numel() > tensor.untyped_storage().nbytes():
+            raise CheckpointError(
+                f"{sources[name]} in '{path}' has the shape {tuple(tensor.shape)}, of which the "
+                "file does not hold the numbers; save a contiguous copy."
+            )
     try:
         tensors = merged(dialect.convert(dict(renamed)))
     except _IMPOSSIBLE as error:
@@ -84,7 +92,7 @@ def fit(path: Path, encoder: Encoder, architecture: Architecture) -> dict[str, T
     if missing := [key for key in expected if key not in tensors]:
         fraction = _share(expected, [key for key in expected if key in tensors])
         raise CheckpointError(
-            f"'{path}' fills only {fraction:.1%} of its encoder: it lacks {_some(missing)}."
+            f"'{path}' fills only {_percent(fraction)} of its encoder: it lacks {_some(missing)}."
         )
     for key, target in expected.items():
         if tensors[key].shape != target.shape:
@@ -153,6 +161,11 @@ def _do_not_fit(path: Path, error: Exception) -> str:
     return f"The tensors of '{path}' do not go together: {_first_line(error).rstrip('.')}."
 
 
+def _percent(fraction: float) -> str:
+    """Rounded down: what is not whole is never 100.0%."""
+    return f"{math.floor(fraction * 1000) / 1000:.1%}"
+
+
 def _share(expected: dict[str, Tensor], present: list[str]) -> float:
     """Share of the encoder's parameters, by element, that are present."""
     sizes = {key: tensor.numel() for key, tensor in expected.items() if not _HEAD.match(key)}
@@ -177,7 +190,12 @@ def _leftover(choice: Choice, left: set[str]) -> tuple[list[str], list[str]]:
 
 
 def _of_another(choice: Choice, key: str) -> bool:
-    return any(key.startswith(prefix) for prefix in choice.others if prefix)
+    """Whether the longest of the encoders' prefixes before this key is not that of the chosen."""
+    own = choice.branch.prefix
+    return any(
+        key.startswith(prefix) and not (key.startswith(own) and own.startswith(prefix))
+        for prefix in choice.others
+    )
 
 
 def _some(keys: list[str]) -> str:

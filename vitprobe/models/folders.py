@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,11 @@ def read_saved(path: str | Path) -> CheckpointFile:
     Raises CheckpointError as `read_checkpoint` and `read_folder` do.
     """
     path = Path(path)
-    if path.is_dir():
+    # os.path's tests, unlike those of Path, are False for names that no file can have.
+    if os.path.isdir(path):
         return read_folder(path)
-    if path.name in _WEIGHTS and any((path.parent / name).is_file() for name in _CONFIGS["config"]):
+    beside = (path.parent / name for name in _CONFIGS["config"])
+    if path.name in _WEIGHTS and any(map(os.path.isfile, beside)):
         return read_folder(path.parent, (path.name,))
     return read_checkpoint(path)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitprobe.measures.chunks import grid_positions
 from vitprobe.models.anatomy import Layout, Site
-from vitprobe.models.locate import Ramps, places, snap
+from vitprobe.models.places import Ramps, places, snap
 
 _AGREEMENT: Final = 0.9
 """Least correlation of centres with those of tokens that lie row by row, in either direction.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -21,8 +22,8 @@ from vitprobe.models.filling import fill, fit, read_encoder
 from vitprobe.models.folders import read_saved
 from vitprobe.models.huggingface_models import load_huggingface
 from vitprobe.models.inert import as_mapping
-from vitprobe.models.model import ASSUMED, Fact, Model, module_facts, statistics_facts
-from vitprobe.models.sources import ModelSpec, parse_spec, read_option
+from vitprobe.models.model import ASSUMED, Claims, Fact, Model, module_facts, statistics_facts
+from vitprobe.models.sources import OPTIONS, ModelSpec, parse_spec, read_option
 from vitprobe.models.timm_models import configured_statistics, load_timm
 from vitprobe.models.torchvision_models import load_torchvision
 
@@ -66,13 +67,13 @@ def load(
         return _LIBRARIES[parsed.kind](parsed, name)
     path = Path(parsed.target)
     if parsed.kind == "run":
-        name = name or path.resolve().name
-        path /= RUN_ENCODER
-        if not path.is_file():
+        run, path = path, path / RUN_ENCODER
+        if not os.path.isfile(path):
             raise SourceError(
                 f"'{parsed.target}' is not a finished run of vitprobe pretrain: it holds no "
                 f"{RUN_ENCODER}."
             )
+        name = name or run.resolve().name
     stem = _SUFFIXES.sub("", path.name)
     return _load_file(
         path, parsed, name or (f"init:{stem}" if parsed.kind == "init_file" else stem)
@@ -108,6 +109,12 @@ def wrap(
         raise CaptureError(
             f"input_size={input_size} of '{name}' is not (channels, height, width), such as "
             "(3, 224, 224)."
+        )
+    if isinstance(blocks, str):
+        raise CaptureError(f"blocks='{blocks}' of '{name}' is one path; give a list of them.")
+    if any(tensor.is_meta for tensor in module.parameters()):
+        raise CaptureError(
+            f"'{name}' has parameters on the meta device, which have no values; load them first."
         )
     module = getattr(module, "_orig_mod", module)
     module.eval()
@@ -171,6 +178,7 @@ def _load_file(path: Path, spec: ModelSpec, name: str) -> Model:
         ]
         for key in ("mean", "std")
     )
+    _check_statistics(path, mean, std)
     facts = {**architecture.facts, **statistics_facts(channels, mean, std)}
     if fresh:
         facts["position_embedding"] = Fact("random", "timm")
@@ -206,8 +214,18 @@ def _own_metadata(file: CheckpointFile) -> dict[str, Any]:
         return {}
     try:
         described = json.loads(file.metadata["vitprobe"])
-        described["architecture"]["num_heads"]
-    except (ValueError, TypeError, LookupError):
+        architecture = described["architecture"]
+        architecture["num_heads"]
+        read = {"img_size": "size", "patch_size": "size"}
+        architecture |= {
+            key: OPTIONS[option].read(architecture[key])
+            for key, option in read.items()
+            if key in architecture
+        }
+        described |= {
+            key: OPTIONS[key].read(described[key]) for key in ("mean", "std") if key in described
+        }
+    except (ValueError, TypeError, LookupError, OverflowError):
         raise CheckpointError(
             f"The metadata of '{file.path}' are damaged: they do not describe its architecture."
         ) from None
@@ -217,4 +235,15 @@ def _own_metadata(file: CheckpointFile) -> dict[str, Any]:
 def _numbers(value: Any, channels: int) -> list[float] | None:
     """A mean or std of the file or its dialect, if it is one number a channel, or one for all."""
     fits = isinstance(value, list | tuple) and len(value) in (1, channels)
-    return list(value) if fits and all(isinstance(number, float) for number in value) else None
+    return list(value) if fits and all(type(number) in (int, float) for number in value) else None
+
+
+def _check_statistics(path: Path, mean: Claims, std: Claims) -> None:
+    """Raise CheckpointError where the strongest mean or std is none to normalise by."""
+    for name, claims, lowest in (("mean", mean, -math.inf), ("std", std, 0.0)):
+        values = next((values for _, values in claims if values is not None), ())
+        if not all(lowest < value < math.inf for value in values):
+            raise CheckpointError(
+                f"'{path}' states {name} {', '.join(map(str, values))}, by which no image can be "
+                f"normalised; give it as {name}=."
+            )

@@ -1,211 +1,36 @@
-"""Where the tokens of a model lie in the image, by experiment.
+"""Where the queries and keys of a model's attention lie, as the experiment of `places` shows.
 
-A batch holds one image of noise, and the same image with a little other noise added to it: as it
-is, growing from top to bottom, and growing from left to right. How much each changes a token tells
-where in the image it looks, as moments tell a centre of mass. So that deep tokens keep depending on
-one neighbourhood, attention is made local meanwhile: each query reads only the key nearest to it.
-No family of models needs to be known for that; whatever order, windows, shifts or pooling a model
-has shows.
+So that deep tokens keep depending on one neighbourhood of the image, attention is made local
+meanwhile: each query reads only the key nearest to it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from vitprobe.measures.chunks import grid_positions
 from vitprobe.models.anatomy import Site
 from vitprobe.models.calls import AttentionCall, AttentionCalls
+from vitprobe.models.places import Lattice, Ramps, centres_of, moments_of, snap
 
-_LITTLE: Final = 0.02
-"""Noise so small that a model answers it linearly, and so large that rounding does not count."""
-_SILENT: Final = 1e-7
-"""Of what changes most, the part (of energies) below which nothing changed but by rounding."""
-_EVERYWHERE: Final = 0.55
-_MOST_CELLS: Final = 1 << 14
 _SAME_PLACE: Final = 0.15
 """Most that places may differ along an axis of heads, in spacings of tokens."""
+_APART: Final = 0.1
+"""Standard deviation of centres, in sides of the image, from which on they are of tokens in
+different places: those of a lattice have 0.29."""
 _MASKED: Final = -50.0
 """Logits so far below the largest are masks: Swin's are -100."""
 _FEWEST_QUERIES: Final = 9
+"""Fewer rows of a softmax may seem to lie on a lattice by chance: MobileViTv2's do."""
 _PRODUCTS: Final = (
     torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.einsum
 )  # fmt: skip
 _PRODUCTS_KEPT: Final = 4
-
-
-@dataclass(frozen=True)
-class Ramps:
-    """The images of one experiment; `draws` of noise are added, each in three ways."""
-
-    draws: int = 4
-
-    @property
-    def count(self) -> int:
-        """How many images there are."""
-        return 1 + 3 * self.draws
-
-    def images(self, input_size: tuple[int, int, int], seed: int = 0) -> Tensor:
-        """(1 + 3 draws, channels, height, width), of standard normal noise."""
-        generator = torch.Generator().manual_seed(seed)
-        plain, *others = torch.randn(1 + self.draws, *input_size, generator=generator)
-        _, height, width = input_size
-        y, x = _ramp(height)[:, None], _ramp(width)[None]
-        added = [_LITTLE * noise * ramp for noise in others for ramp in (torch.ones(1, 1), y, x)]
-        return torch.stack([plain, *(plain + noise for noise in added)])
-
-
-@dataclass(frozen=True, eq=False)
-class Lattice:
-    """Tokens on a regular lattice over the whole image.
-
-    grid: (rows, columns).
-    cells: (...) row * columns + column of each token; -1 where it has no place.
-    xy: (..., 2) float64, exact centres in pixels; nan where it has no place.
-    doubtful: of how many tokens the place is the likeliest one and not certain.
-    """
-
-    grid: tuple[int, int]
-    cells: Tensor
-    xy: Tensor
-    doubtful: int = 0
-
-
-def places(values: Tensor, ramps: Ramps, input_size: tuple[int, int, int]) -> Tensor:
-    """Approximate centres (x, y) of tokens, in pixels: (..., 2); nan for what has no place.
-
-    values: (images of the experiment, ..., width), what these give the tokens. What they do not
-    change (class and register tokens, padding), or what looks at all of the image, has no place.
-    """
-    return _centres(_moments(values, ramps), input_size)
-
-
-def snap(centres: Tensor, input_size: tuple[int, int, int]) -> Lattice | None:
-    """The finest regular lattice over the whole image whose cells approximate centres fill equally.
-
-    centres: (..., 2). Their ranks tell the lattice: convolutions that overlap and borders that cut
-    blur and shift them, but seldom past a neighbour. None where there is no such lattice.
-    """
-    found = ~centres.isnan().any(-1)
-    points = centres[found].double()
-    _, height, width = input_size
-    for grid in _grids(len(points), height, width):
-        filled = _fill(points, grid, (height, width))
-        if filled is not None:
-            cells, doubtful = filled
-            break
-    else:
-        return None
-    all_cells = torch.full(found.shape, -1, dtype=torch.long)
-    all_cells[found] = cells
-    xy = torch.full((*found.shape, 2), torch.nan, dtype=torch.float64)
-    xy[found] = grid_positions(grid, (height / grid[0], width / grid[1]))[cells]
-    return Lattice(grid, all_cells, xy, doubtful)
-
-
-def _grids(tokens: int, height: int, width: int) -> Iterator[tuple[int, int]]:
-    """(rows, columns) that so many tokens could fill equally, the finest first."""
-    for cells in range(min(tokens, _MOST_CELLS), 0, -1):
-        if tokens % cells:
-            continue
-        for rows in range(1, min(cells, height) + 1):
-            if cells % rows == 0 and 0.5 <= (height / rows) / (width * rows / cells) <= 2:
-                yield rows, cells // rows
-
-
-def _fill(
-    points: Tensor, grid: tuple[int, int], size: tuple[int, int]
-) -> tuple[Tensor, int] | None:
-    """The cell of each point, where a grid is what they fill, and how many are doubtful."""
-    ranked, middles, spacings = [], [], []
-    for values, count, length in (
-        (points[:, 1], grid[0], size[0]),
-        (points[:, 0], grid[1], size[1]),
-    ):
-        found = _ranks(values, count, length)
-        if found is None:
-            return None
-        ranked.append(found[0])
-        middles.append(found[1])
-        spacings.append(length / count)
-    cells = ranked[0] * grid[1] + ranked[1]
-    each = len(points) // math.prod(grid)
-    filled = cells.bincount(minlength=math.prod(grid))
-    wrong = filled != each
-    if not wrong.any():
-        return cells, 0
-    # A few tokens past their neighbour: fill the cells they leave as nearly as can be.
-    left = wrong[cells].nonzero().squeeze(1)
-    if len(left) > max(4, len(points) // 10):
-        return None
-    free = wrong.nonzero().squeeze(1).repeat_interleave(each)
-    offsets = torch.stack(
-        [
-            (points[left, 1, None] - middles[0][free // grid[1]]) / spacings[0],
-            (points[left, 0, None] - middles[1][free % grid[1]]) / spacings[1],
-        ]
-    )
-    if len(free) != len(left):
-        return None
-    cost = offsets.square().sum(0)
-    rows, columns = linear_sum_assignment(cost.numpy())
-    if cost[rows, columns].max() > 1:
-        return None
-    cells[left[torch.from_numpy(rows)]] = free[torch.from_numpy(columns)]
-    return cells, len(left)
-
-
-def _ranks(values: Tensor, count: int, length: int) -> tuple[Tensor, Tensor] | None:
-    """The group of each value among so many equal groups in order, and their means.
-
-    None where these are no rows of a lattice: their means apart, their members together.
-    """
-    spacing = length / count
-    order = values.argsort(stable=True)
-    groups = values[order].reshape(count, -1)
-    middles = groups.mean(1)
-    apart = count == 1 or bool((middles.diff() > 0.1 * spacing).all())
-    together = bool((groups.std(1, correction=0) < 0.35 * spacing).all())
-    # Borders that cut receptive fields draw all towards the middle, and not to one side.
-    centred = abs(float(middles.mean()) - length / 2) < 0.2 * length
-    if not (apart and together and centred):
-        return None
-    # The nearest mean and not the group: a value past its neighbour would move another one.
-    edges = (middles[1:] + middles[:-1]) / 2
-    return torch.bucketize(values.contiguous(), edges), middles
-
-
-def _ramp(length: int) -> Tensor:
-    """The middles of so many pixels, from -1 to 1."""
-    return (torch.arange(length) + 0.5) * 2 / length - 1
-
-
-def _moments(values: Tensor, ramps: Ramps) -> Tensor:
-    """(5, ...): by how much noise changes each token, its products with the two ramps, and theirs
-    with themselves: moments of where the token looks, which add up over what makes up the token.
-    """
-    change = values[1:].float() - values[:1].float()
-    flat, down, across = change.unflatten(0, (ramps.draws, 3)).unbind(1)
-    pairs = ((flat, flat), (flat, down), (flat, across), (down, down), (across, across))
-    return torch.stack([(one * other).sum((0, -1)) for one, other in pairs])
-
-
-def _centres(moments: Tensor, input_size: tuple[int, int, int]) -> Tensor:
-    mass, *rest = moments.cpu().double()
-    y, x, y_square, x_square = (moment / mass for moment in rest)
-    spread = torch.maximum(y_square - y.square(), x_square - x.square())
-    # What looks at all of the image alike has a standard deviation of 0.58 in these units.
-    nowhere = (mass <= _SILENT * mass.max()) | (spread > _EVERYWHERE**2)
-    _, height, width = input_size
-    centres = torch.stack([(x + 1) / 2 * width, (y + 1) / 2 * height], dim=-1)
-    return centres.masked_fill(nowhere[..., None], torch.nan)
-
+"""Between the product of queries and keys and its softmax lie a few more, of positions."""
 
 Axes = tuple[tuple[Literal["heads", "windows"], int], ...]
 
@@ -216,17 +41,18 @@ class _Side:
 
     xy: (windows, tokens, 2), approximate centres; nan for what has no place.
     lattice: the one that they lie on; None where there is none.
+    size: (width, height) of the image.
     """
 
     xy: Tensor
     lattice: Lattice | None
+    size: tuple[int, int]
 
     @property
     def placed(self) -> bool:
         """Whether most are tokens with places, of which not all are the same."""
-        most = (~self.xy.isnan().any(-1)).float().mean() >= 0.5
-        alike = self.lattice is not None and self.lattice.grid == (1, 1)
-        return bool(most) and not alike
+        most = float((~self.xy.isnan().any(-1)).float().mean()) >= 0.5
+        return most and (self.lattice is not None or _scatter(self.xy, self.size) > _APART)
 
     @property
     def prefix(self) -> tuple[int, Tensor | None] | None:
@@ -302,11 +128,20 @@ class Locating(AttentionCalls):
 
         A softmax is attention where its logits are a product of what the image changes with what
         the image changes, where its keys have places, or where it has the heads that its module
-        says it has; a classifier's, a gate's over few entries and one of positions alone are none.
-        What was called by the name of attention always is.
+        says it has, and in a module of a kind that computes attention elsewhere; a classifier's, a
+        gate's over few entries and one of positions alone are none. What was called by the name of
+        attention always is.
         """
-        described = (self._described(seen) for seen in self._maps)
-        return tuple(replace(site, calls=self.seen[site.path]) for site in described if site)
+        sure = {seen.site.path for seen in self._maps if self._described(seen)}
+        kinds = {type(self._module.get_submodule(path)) for path in sure}
+        sites = []
+        for seen in self._maps:
+            path = seen.site.path
+            like = path not in sure and type(self._module.get_submodule(path)) in kinds
+            site = self._described(replace(seen, named=True) if like else seen)
+            if site:
+                sites.append(replace(site, calls=self.seen[path]))
+        return tuple(sites)
 
     @property
     def doubtful(self) -> bool:
@@ -335,8 +170,7 @@ class Locating(AttentionCalls):
         query, key = self._side(by_query), self._side(by_key)
         windows = len(query.xy)
         if call.query is None and call.shape[-2] < min(_FEWEST_QUERIES, call.shape[-1]):
-            # So few rows of a softmax may seem to lie on a lattice by chance: MobileViTv2's do.
-            query = _Side(torch.full_like(query.xy, torch.nan), None)
+            query = replace(query, xy=torch.full_like(query.xy, torch.nan), lattice=None)
         site = Site(
             path=call.path,
             call=call.call,
@@ -389,18 +223,18 @@ class Locating(AttentionCalls):
             axes=axes,
             no_distance="the model is too large for its tokens to be located",
         )
-        nowhere = _Side(torch.full((windows, site.keys, 2), torch.nan), None)
+        nowhere = _Side(torch.full((windows, site.keys, 2), torch.nan), None, (0, 0))
         # A softmax without heads or windows is a classifier's or a gate's.
         return _Map(site, nowhere, nowhere, call.query is not None or len(call.lead) > 1)
 
     def _side(self, moments: Tensor) -> _Side:
         """Where (5, windows, tokens) lie, on a lattice of their own or on one seen before."""
-        xy = _centres(moments, self._input_size)
+        xy = centres_of(moments, self._input_size)
+        size = self._input_size[2], self._input_size[1]
         lattice = snap(xy, self._input_size)
-        certain = lattice is not None and lattice.grid != (1, 1) and _distinct(lattice)
-        if lattice is not None and certain and not lattice.doubtful:
+        if lattice is not None and _distinct(lattice) and not lattice.doubtful:
             self._lattices.append((xy, lattice))
-            return _Side(xy, lattice)
+            return _Side(xy, lattice, size)
         # Deep in a model places blur, but tokens that lie near where others of the same number and
         # order lay lie there.
         for before, known in reversed(self._lattices):
@@ -408,14 +242,14 @@ class Locating(AttentionCalls):
                 height, width = self._input_size[1:]
                 spacing = torch.tensor([width / known.grid[1], height / known.grid[0]])
                 if ((xy - known.xy) / spacing).square().nanmean().sqrt() < 0.6:
-                    return _Side(xy, known)
-        return _Side(xy, lattice)
+                    return _Side(xy, known, size)
+        return _Side(xy, lattice, size)
 
     def _same_tokens(self, by_query: Tensor, by_key: Tensor) -> bool:
         """Whether the queries are the keys' own tokens: in the same places in the same order."""
         if by_query.shape != by_key.shape:
             return False
-        query, key = (_centres(moments, self._input_size) for moments in (by_query, by_key))
+        query, key = (centres_of(moments, self._input_size) for moments in (by_query, by_key))
         apart = (query - key).norm(dim=-1)
         _, height, width = self._input_size
         return bool(apart.nanmedian() < 0.5 * math.sqrt(height * width / apart.numel()))
@@ -426,9 +260,9 @@ class Locating(AttentionCalls):
         if query.placed and query.lattice is not None:
             return False
         if call.query is not None:
-            made_of = _by_window(_moments(call.query.mT, ramps), axes)
-            found = snap(_centres(made_of, self._input_size), self._input_size)
-            return found is not None and found.grid != (1, 1)
+            made_of = _by_window(moments_of(call.query.mT, ramps), axes)
+            scatter = _scatter(centres_of(made_of, self._input_size), query.size)
+            return scatter > max(_APART, 2 * _scatter(query.xy, query.size))
         # Of a softmax the operands are not seen: are there as many channels as that a head?
         channels = call.shape[-1] * math.prod(size for axis, size in axes if axis == "heads")
         owner = self._module.get_submodule(call.path)
@@ -445,7 +279,7 @@ class Locating(AttentionCalls):
             """How much places differ along an axis, in spacings of the tokens of one map."""
             for seen in (query, key):
                 by_axis = seen.reshape(len(seen), *sizes, -1)
-                centres = _centres(by_axis, self._input_size)
+                centres = centres_of(by_axis, self._input_size)
                 deviation = centres.std(axis, correction=0).norm(dim=-1)
                 if not deviation.isnan().all():
                     return float(deviation.nanmedian()) * math.sqrt(centres.shape[-2]) / length
@@ -512,15 +346,23 @@ class Locating(AttentionCalls):
         )
 
 
+def _scatter(xy: Tensor, size: tuple[int, int]) -> float:
+    """The smaller of the standard deviations of x and y (..., 2), in sides of the image."""
+    found = xy[~xy.isnan().any(-1)]
+    if not len(found):
+        return 0.0
+    return float((found.std(0, correction=0) / torch.tensor(size)).min())
+
+
 def _of_call(call: AttentionCall, ramps: Ramps) -> tuple[Tensor, Tensor]:
     """Moments of the queries (5, ..., queries) and of the keys (5, ..., keys) of a call."""
     if call.query is None or call.key is None:
         # A softmax whose logits are no product: rows and columns are all there is to see.
         logits = call.logits().nan_to_num(0, 0, 0)
-        return _moments(logits, ramps), _moments(logits.mT, ramps)
-    by_query, by_key = (_moments(each, ramps) for each in (call.query, call.key))
+        return moments_of(logits, ramps), moments_of(logits.mT, ramps)
+    by_query, by_key = (moments_of(each, ramps) for each in (call.query, call.key))
     if call.value is not None:
-        by_key = _together(by_key, _moments(call.value, ramps))
+        by_key = _together(by_key, moments_of(call.value, ramps))
     return by_query, by_key
 
 
@@ -531,6 +373,8 @@ def _together(one: Tensor, other: Tensor) -> Tensor:
 
 def _operands(*args: Any) -> tuple[Tensor, Tensor] | None:
     """The two operands of a product, (..., queries, depth) and (..., depth, keys)."""
+    if len(args) == 2 and isinstance(args[1], list | tuple):  # einsum takes them as a list too
+        args = (args[0], *args[1])
     if len(args) == 2:
         return args
     if len(args) != 3 or not isinstance(args[0], str) or "->" not in args[0]:

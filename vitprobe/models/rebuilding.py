@@ -27,7 +27,7 @@ from vitprobe.models.model import Fact
 
 Kind = Literal["vit", "distilled", "beit", "rope"]
 # The base of DINOv3's rotary periods, and how far its files, in bfloat16, are from them.
-_ROPE_BASE, _ROPE_TOLERANCE = 100.0, 0.01
+ROPE_BASE, _ROPE_TOLERANCE = 100.0, 0.01
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Architecture:
 
     kind: which of timm's classes: VisionTransformer, its distilled one, Beit (relative positions)
         or Eva (rotary positions).
-    arguments: of timm's VisionTransformer.
+    arguments: of timm's VisionTransformer, and with rotary positions the `rope_base`.
     swiglu, patch_bias: whether its MLPs are gated, and its patch embedding adds a bias.
     relative: "table" a block, one "shared", or None.
     stored_grid, grid: (rows, columns) of patches in the file and in the model to build.
@@ -92,7 +92,7 @@ class Architecture:
                 if key.endswith(RELATIVE_TABLE)
             }
         if self.kind == "rope" and (periods := tensors.pop(ROPE_PERIODS, None)) is not None:
-            _check_periods(periods)
+            _check_periods(periods, self.arguments["rope_base"])
         return tensors
 
     def _resized_table(self, table: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ def _eva(architecture: Architecture, *, fresh: bool) -> nn.Module:
         use_abs_pos_emb=arguments["pos_embed"] == "learn",
         use_rot_pos_emb=True,
         rope_type="dinov3",
-        rope_temperature=_ROPE_BASE,
+        rope_temperature=arguments["rope_base"],
         rope_rotate_half=True,
         use_fc_norm=arguments["fc_norm"],
     )
@@ -194,9 +194,9 @@ def _named_as_in_beit(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _check_periods(periods: Tensor) -> None:
-    expected = _ROPE_BASE ** (torch.arange(len(periods)) / len(periods))
+def _check_periods(periods: Tensor, base: float) -> None:
+    expected = base ** (torch.arange(len(periods)) / len(periods))
     if not torch.allclose(periods.float(), expected, rtol=_ROPE_TOLERANCE):
         raise ValueError(
-            f"their rotary periods are not {_ROPE_BASE:g} to the powers from 0 to 1, and timm's are"
+            f"their rotary periods are not {base:g} to the powers from 0 to 1, and timm's are"
         )

@@ -173,6 +173,13 @@ def _channels(value: Any) -> tuple[float, ...]:
     return numbers
 
 
+def _brightness(value: Any) -> tuple[float, ...]:
+    numbers = _channels(value)
+    if max(numbers) > 1:
+        raise ValueError(value)
+    return numbers
+
+
 def _positive_channels(value: Any) -> tuple[float, ...]:
     numbers = _channels(value)
     if min(numbers) <= 0:
@@ -206,7 +213,11 @@ OPTIONS = {
     "heads": Option(_count, "a number of attention heads (an integer above 0)", _FILES),
     "branch": Option(_name, "the name of a branch such as teacher or ema", _FILES),
     "size": Option(_size, "an input size such as 224 or 192x256 (height x width)", _KINDS),
-    "mean": Option(_channels, "a number, or one a channel such as 0.48/0.45/0.40", _KINDS),
+    "mean": Option(
+        _brightness,
+        "a number, or one a channel such as 0.48/0.45/0.40, of images in [0, 1]",
+        _KINDS,
+    ),
     "std": Option(
         _positive_channels, "a number above 0, or one a channel such as 0.23/0.22/0.22", _KINDS
     ),

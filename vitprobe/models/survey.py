@@ -28,7 +28,8 @@ from vitprobe.models.blocks import (
 )
 from vitprobe.models.calls import AttentionCall, AttentionCalls
 from vitprobe.models.layouts import layout_of_site, located_layout, shape_layouts
-from vitprobe.models.locate import Locating, Ramps
+from vitprobe.models.locate import Locating
+from vitprobe.models.places import Ramps
 from vitprobe.models.trace import Run, SeenEnoughError, Trace, noise, run_once, tensors
 
 MOST_NUMBERS: Final = 1 << 29
@@ -226,9 +227,9 @@ class _Survey:
         )
 
     def _experiment(
-        self, points: Sequence[_Point], *, only_first: bool
+        self, points: Sequence[_Point], *, only_first: bool, draws: int = Ramps.draws
     ) -> tuple[dict[_Point, Layout], tuple[Site, ...]]:
-        ramps = self._ramps(only_first=only_first)
+        ramps = self._ramps(draws, only_first=only_first)
         layouts: dict[_Point, Layout] = {}
         unlike: dict[_Point, tuple[int, ...]] = {}
 
@@ -254,6 +255,8 @@ class _Survey:
                 f"'{point.path}' of this {type(self._module).__name__} handles {point.shape} for "
                 f"one image and {shape} for {ramps.count}, so which tokens are whose is not known."
             )
+        if locating.doubtful and ramps.draws == Ramps.draws:
+            return self._experiment(points, only_first=only_first, draws=4 * draws)
         sites = locating.sites()
         for point in points:
             layouts.setdefault(point, shape_layouts(point.shape, self._input_size)[0])
@@ -285,12 +288,12 @@ class _Survey:
             return self._module.get_submodule(calls[-1].path).register_forward_hook(_stop)
         return self._module.get_submodule(self._blocks[0].path).register_forward_pre_hook(_stop)
 
-    def _ramps(self, *, only_first: bool) -> Ramps:
-        """As many draws as memory allows, at most the default."""
+    def _ramps(self, draws: int, *, only_first: bool) -> Ramps:
+        """So many draws, or as many as memory allows."""
         end = self._blocks[0].end if only_first else math.inf
         runs = (run for run in self._trace.runs if run.end < end and run.shape)
         largest = max(math.prod(run.shape or ()) for run in runs)
-        return Ramps(max(1, min(Ramps.draws, (MOST_NUMBERS // largest - 1) // 3)))
+        return Ramps(max(1, min(draws, (MOST_NUMBERS // largest - 1) // 3)))
 
 
 def _hook(
@@ -331,7 +334,7 @@ def _why_none(module: nn.Module, softmaxes: int) -> str:
     convolutions = [part for part in module.modules() if isinstance(part, nn.Conv2d)]
     # A patch embedding is one whose windows do not overlap.
     if any(max(part.kernel_size) > max(part.stride) for part in convolutions):
-        return "it is convolutional: it computes no softmax attention"
+        return "it is convolutional and computes no softmax attention"
     return "it mixes its tokens without a softmax"
 
 

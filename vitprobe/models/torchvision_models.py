@@ -43,7 +43,7 @@ def load_torchvision(spec: ModelSpec, name: str | None) -> Model:
     anatomy = find_anatomy(module, input_size)
     facts = {
         **module_facts(module, anatomy, "module"),
-        "position_embedding": Fact("as loaded" if pretrained else "random", "torchvision"),
+        "position_embedding": _position_fact(module, pretrained),
         **statistics_facts(
             3,
             mean=[("user", spec.options.get("mean")), ("torchvision", transforms.mean)],
@@ -65,6 +65,12 @@ def load_torchvision(spec: ModelSpec, name: str | None) -> Model:
         else None,
         sha256=sha256,
     )
+
+
+def _position_fact(module: nn.Module, pretrained: bool) -> Fact:
+    if not any(name.endswith("pos_embedding") for name, _ in module.named_parameters()):
+        return Fact("none added to the tokens", "torchvision")
+    return Fact("as loaded" if pretrained else "random", "torchvision")
 
 
 def _weights(spec: ModelSpec) -> Any:

@@ -172,7 +172,7 @@ def _lead(result: Comparison) -> str:
     subject = "One model" if len(models) == 1 else f"{len(models)} models"
     if result.groups:
         subject += f" ({count(len(result.groups), 'method')} in several seeds)"
-    titles = [MEASURES[name].title for name in result.measures]
+    titles = [MEASURES[name].in_text for name in result.measures]
     # A list of everything says nothing.
     listed = join(titles) if len(titles) <= 6 else f"{len(titles)} measures"
     return f"{subject} on {count(images['count'], 'image')} from {images['source']}: {listed}."

@@ -8,7 +8,12 @@ from __future__ import annotations
 
 from vitprobe.models.formats.base import Branch, Dialect
 from vitprobe.models.formats.beit import BEIT
-from vitprobe.models.formats.clip import OPEN_CLIP, OPEN_CLIP_TIMM, OPENAI_CLIP
+from vitprobe.models.formats.clip import (
+    OPEN_CLIP,
+    OPEN_CLIP_TIMM,
+    OPEN_CLIP_WITHOUT_NORM,
+    OPENAI_CLIP,
+)
 from vitprobe.models.formats.dino import DINO
 from vitprobe.models.formats.dinov2 import DINOV2
 from vitprobe.models.formats.dinov3 import DINOV3
@@ -25,7 +30,8 @@ from vitprobe.models.formats.solo_learn import SOLO_LEARN
 from vitprobe.models.formats.timm import DEIT, TIMM
 from vitprobe.models.formats.torchvision import TORCHVISION
 
-_OTHER_NAMES = (*HUGGINGFACE, OPENAI_CLIP, OPEN_CLIP, TORCHVISION, MMPRETRAIN, JAX)
+_CLIP = (OPENAI_CLIP, OPEN_CLIP, OPEN_CLIP_WITHOUT_NORM)
+_OTHER_NAMES = (*HUGGINGFACE, *_CLIP, TORCHVISION, MMPRETRAIN, JAX)
 _WRAPPED = (OPEN_CLIP_TIMM, LIGHTLY, SOLO_LEARN, MAE_LITE, MOCO_V3)
 _TIMM_NAMES = (DINOV3, DINOV2, IBOT, DINO, BEIT, IJEPA, MAE, DEIT, TIMM)
 DIALECTS = (*_OTHER_NAMES, *_WRAPPED, *_TIMM_NAMES)

@@ -15,6 +15,8 @@ _WRAPPERS = (
     *("module", "_orig_mod", "model", "backbone", "encoder", "net"),
     *("vit", "visual", "trunk", "vision_model"),
 )
+# Wrappers around single modules of it (torch.compile, activation checkpointing, FSDP).
+_WITHIN = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 _AT_FRONT = re.compile(rf"^(({'|'.join(_WRAPPERS)})\.)+")
 _CONTAINERS = {
     "": "model",
@@ -80,9 +82,11 @@ class Dialect:
     Its facts go by these names: `num_heads`, `norm_eps`, `activation` (of
     `vitprobe.models.evidence.ACTIVATIONS`), `img_size` (a side, or (height, width), in pixels),
     `mean`, `std`, `antialias` (whether its own forward pass resizes position embeddings with
-    antialiasing, as timm does),
+    antialiasing, as timm does), `embed_dim` and `depth` (which the tensors must not contradict),
+    `timm_model` (the name of timm's model that the encoder is),
     `patch_bias` (whether the patch embedding adds a bias), `no_embed_class` (whether
-    position embeddings leave out the prefix tokens), and `rope` ("dinov3": rotary positions).
+    position embeddings leave out the prefix tokens), `rope` ("dinov3": rotary positions) and
+    `rope_base` (of their periods).
     What is None is not said.
 
     recognise: whether a file with these encoders, each of which has the `landmark`, and these
@@ -123,6 +127,7 @@ class Dialect:
 
     def to_timm(self, key: str) -> str:
         """timm's name for one of the encoder's own keys."""
+        key = _WITHIN.sub("", key)
         for pattern, replacement in self.rename:
             key = re.sub(pattern, replacement, key)
         return key
@@ -132,3 +137,20 @@ def architecture_name(settings: Settings) -> str:
     """The name under which the training code knew the model (`--arch`, `--model`), or ""."""
     names = (settings.get(key) for key in ("arch", "architecture", "model", "model_name"))
     return next((name for name in names if isinstance(name, str)), "")
+
+
+def fold_class_position(tensors: Tensors) -> Tensors:
+    """With registers, the position of the class token added to that token.
+
+    They are put between it and the patches and have no position; in timm no prefix token has one
+    then.
+    """
+    if not {"reg_token", "cls_token", "pos_embed"} <= tensors.keys():
+        return tensors
+    token, positions = tensors["cls_token"], tensors["pos_embed"]
+    fits = positions.ndim == 3 and token.shape == positions[:, :1].shape
+    if not (fits and token.is_floating_point() and positions.is_floating_point()):
+        return tensors  # which is refused for its shape or kind
+    # In single precision: half of it would round the sum.
+    token = token.float() + positions[:, :1].float()
+    return tensors | {"cls_token": token, "pos_embed": positions[:, 1:]}

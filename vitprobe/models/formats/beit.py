@@ -17,7 +17,7 @@ from timm.data import (
     IMAGENET_INCEPTION_STD,
 )
 
-from vitprobe.models.formats.base import Branch, Dialect, Settings
+from vitprobe.models.formats.base import Branch, Dialect, Settings, Tensors
 
 
 def _recognise(branches: Sequence[Branch], settings: Settings) -> bool:
@@ -38,9 +38,18 @@ def _stated(settings: Settings) -> Mapping[str, Any]:
     }
 
 
+def _check_mlps(tensors: Tensors) -> Tensors:
+    rows, columns = (tensors.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
+    packed = rows is not None and columns is not None and len(rows) == 2 * columns.shape[-1]
+    if packed or "blocks.0.mlp.fc1_g.weight" in tensors:
+        raise ValueError("gated MLPs are EVA-02's, whose rotary positions no tensor shows")
+    return tensors
+
+
 BEIT = Dialect(
     name="beit",
     recognise=_recognise,
+    convert=_check_mlps,
     ignored=r".*relative_position_index$|mask_token$|(head|lm_head|cls_pt_layers)\.",
     stated=_stated,
     fixed={"norm_eps": 1e-6, "activation": "gelu"},

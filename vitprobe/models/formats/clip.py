@@ -12,11 +12,11 @@ open_clip's other towers, SigLIP's among them, are timm's models, under `visual.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from vitprobe.models.formats.base import Dialect, Settings, Tensors
+from vitprobe.models.formats.base import Branch, Dialect, Settings, Tensors
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
@@ -53,23 +53,37 @@ def _convert(tensors: Tensors) -> Tensors:
     return converted
 
 
+def _inner(settings: Settings, *names: str) -> Mapping[str, Any]:
+    """The mapping under these names, one within the other; empty where there is none."""
+    for name in names:
+        value = settings.get(name)
+        settings = value if isinstance(value, Mapping) else {}
+    return settings
+
+
 def _stated(settings: Settings) -> Mapping[str, Any]:
     """Facts in an `open_clip_config.json`."""
-    model, images = (
-        value if isinstance(value := settings.get(key), Mapping) else {}
-        for key in ("model_cfg", "preprocess_cfg")
-    )
-    tower = model.get("vision_cfg")
-    tower = tower if isinstance(tower, Mapping) else {}
+    model, images = _inner(settings, "model_cfg"), _inner(settings, "preprocess_cfg")
+    tower = _inner(model, "vision_cfg")
     width, head_width = tower.get("width"), tower.get("head_width", 64)
     counted = isinstance(width, int) and isinstance(head_width, int) and head_width > 0
+    tanh = _inner(tower, "act_kwargs").get("approximate") == "tanh"
+    activation = "quick_gelu" if model.get("quick_gelu") else "gelu_tanh" if tanh else "gelu"
     return {
+        "timm_model": tower.get("timm_model_name"),
         "num_heads": width // head_width if counted else None,
-        "activation": ("quick_gelu" if model.get("quick_gelu") else "gelu") if tower else None,
+        "norm_eps": _inner(tower, "norm_kwargs").get("eps"),
+        "activation": activation if tower else None,
         "img_size": tower.get("image_size"),
         "mean": images.get("mean"),
         "std": images.get("std"),
     }
+
+
+def _is_without_norm(branches: Sequence[Branch], settings: Settings) -> bool:
+    return _inner(settings, "model_cfg", "vision_cfg").get("no_ln_pre") is True and any(
+        "conv1.weight" in branch.keys for branch in branches
+    )
 
 
 OPENAI_CLIP = Dialect(
@@ -91,6 +105,13 @@ OPEN_CLIP = replace(
     fixed={"norm_eps": 1e-5},
     usual={"activation": "gelu", "mean": _MEAN, "std": _STD},
 )
+# CLIPA's have no norm before the blocks, which only the config beside them tells from a lost one.
+OPEN_CLIP_WITHOUT_NORM = replace(
+    OPEN_CLIP,
+    recognise=_is_without_norm,
+    landmark="class_embedding",
+    fixed={**OPEN_CLIP.fixed, "patch_bias": False},
+)
 OPEN_CLIP_TIMM = Dialect(
     name="open_clip",
     recognise=lambda branches, settings: any(
@@ -98,6 +119,8 @@ OPEN_CLIP_TIMM = Dialect(
     ),
     ignored=_IGNORED,
     stated=lambda settings: {
-        key: value for key, value in _stated(settings).items() if key in ("mean", "std")
+        key: value
+        for key, value in _stated(settings).items()
+        if key in ("timm_model", "mean", "std")
     },
 )

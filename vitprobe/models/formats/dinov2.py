@@ -9,9 +9,17 @@ Registers have no position: that of the class token is added to it before they a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from vitprobe.models.formats.base import Branch, Dialect, Settings, Tensors, architecture_name
+from vitprobe.models.formats.base import (
+    Branch,
+    Dialect,
+    Settings,
+    Tensors,
+    architecture_name,
+    fold_class_position,
+)
 
 
 def _recognise(branches: Sequence[Branch], settings: Settings) -> bool:
@@ -23,16 +31,10 @@ def _recognise(branches: Sequence[Branch], settings: Settings) -> bool:
     )
 
 
-def _fold_class_position(tensors: Tensors) -> Tensors:
-    if not {"reg_token", "cls_token", "pos_embed"} <= tensors.keys():
-        return tensors
-    token, positions = tensors["cls_token"], tensors["pos_embed"]
-    fits = positions.ndim == 3 and token.shape == positions[:, :1].shape
-    if not (fits and token.is_floating_point() and positions.is_floating_point()):
-        return tensors  # which is refused for its shape or kind
-    # In single precision: half of it would round the sum.
-    token = token.float() + positions[:, :1].float()
-    return tensors | {"cls_token": token, "pos_embed": positions[:, 1:]}
+def _seen(tensors: Tensors) -> Mapping[str, Any]:
+    """The releases with registers resize positions with antialiasing, those without do not."""
+    registers = "reg_token" in tensors
+    return {"no_embed_class": registers, "antialias": registers}
 
 
 DINOV2 = Dialect(
@@ -46,8 +48,8 @@ DINOV2 = Dialect(
         (r"\.mlp\.w12\.", ".mlp.fc1."),
         (r"\.mlp\.w3\.", ".mlp.fc2."),
     ),
-    convert=_fold_class_position,
-    seen=lambda tensors: {"no_embed_class": "reg_token" in tensors},
+    convert=fold_class_position,
+    seen=_seen,
     usual_heads={384: 6, 768: 12, 1024: 16, 1536: 24},
-    fixed={"norm_eps": 1e-6, "activation": "gelu", "antialias": False},
+    fixed={"norm_eps": 1e-6, "activation": "gelu"},
 )

@@ -6,7 +6,8 @@ but mostly not what it writes, and both are read. What stands in front says whic
 heads, the LayerNorm epsilon and the activation are in the `config.json` of a saved folder; to a
 file alone apply the defaults of transformers, as assumed.
 
-Positions are resized without antialiasing, as transformers does.
+Positions are resized without antialiasing, as transformers does, but with it where there are
+registers.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from vitprobe.models.formats.base import Dialect, Settings, Tensors
+from vitprobe.models.formats.base import Dialect, Settings, Tensors, fold_class_position
 
 _BLOCK = r"^(blocks\.\d+)\."
 _RENAME = (
@@ -45,6 +46,8 @@ _RENAME = (
     (_BLOCK + r"layer_scale([12])\.lambda1$", r"\1.ls\2.gamma"),
     (_BLOCK + r"lambda_([12])$", r"\1.gamma_\2"),
 )  # fmt: skip
+# Where the config of a model with an image encoder in it has that encoder's.
+_TOWERS = ("vision_config", "vision_config_dict", "backbone_config", "encoder")
 _HEADS = r"layernorm\.|pooler\.|(\w+_)?classifier\.|decoder\.|lm_head\.|head\.|visual_projection\."
 _IGNORED = (
     rf"{_HEADS}|text_|logit_|(beit\.)?embeddings\.(mask_token|position_ids)$"
@@ -63,26 +66,26 @@ def _convert(tensors: Tensors) -> Tensors:
         converted["pos_embed"] = tensors["pos_embed"][None]
     if "reg_token" in tensors and not tensors["reg_token"].numel():
         del converted["reg_token"]
-    elif "reg_token" in tensors and "pos_embed" in tensors:
-        # Registers, put between class token and patches, have no position; in timm no prefix has.
-        converted["cls_token"] = tensors["cls_token"] + tensors["pos_embed"][:, :1]
-        converted["pos_embed"] = tensors["pos_embed"][:, 1:]
     for key in tensors:
         # A projection "up" is gated only where there is a gate.
         if ".mlp.fc1_x." in key and key.replace("fc1_x", "fc1_g") not in tensors:
             converted[key.replace("fc1_x", "fc1")] = converted.pop(key)
-    return converted
+    return fold_class_position(converted)
 
 
 def _seen(tensors: Tensors) -> Mapping[str, Any]:
-    return {"no_embed_class": True} if "reg_token" in tensors and "pos_embed" in tensors else {}
+    registers = "reg_token" in tensors and "pos_embed" in tensors
+    return {"no_embed_class": True, "antialias": True} if registers else {}
 
 
 def _stated(settings: Settings) -> Mapping[str, Any]:
     """Facts in a `config.json`, of the vision tower where there are two, and beside it."""
-    tower = settings.get("vision_config", settings.get("vision_config_dict"))
-    config = tower if isinstance(tower, Mapping) else settings
+    towers = (settings.get(name) for name in _TOWERS)
+    config = next((tower for tower in towers if isinstance(tower, Mapping)), settings)
+    rope = config.get("rope_parameters")
     names = {
+        "embed_dim": "hidden_size",
+        "depth": "num_hidden_layers",
         "num_heads": "num_attention_heads",
         "norm_eps": "layer_norm_eps",
         "activation": "hidden_act",
@@ -90,8 +93,19 @@ def _stated(settings: Settings) -> Mapping[str, Any]:
     }
     return {
         **{name: config.get(key) for name, key in names.items()},
-        "mean": settings.get("image_mean"),
-        "std": settings.get("image_std"),
+        "rope_base": (rope if isinstance(rope, Mapping) else config).get("rope_theta"),
+        **_statistics(settings),
+    }
+
+
+def _statistics(settings: Settings) -> Mapping[str, Any]:
+    """What the preprocessor normalises by: a number a channel, one for all, or nothing at all."""
+    if settings.get("do_normalize") is False:
+        return {"mean": (0.0,), "std": (1.0,)}
+    stated = {name: settings.get(f"image_{name}") for name in ("mean", "std")}
+    return {
+        name: (value,) if isinstance(value, int | float) else value
+        for name, value in stated.items()
     }
 
 

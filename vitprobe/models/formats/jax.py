@@ -55,6 +55,8 @@ JAX = Dialect(
         (r"^cls$", "cls_token"),
         (r"^(Transformer\.posembed_input\.)?pos_embedding$", "pos_embed"),
         (r"^embedding\.", "patch_embed.proj."),
+        # The convolutional network before the hybrids' patches, which is refused.
+        (r"^(conv_root|gn_root|block\d+)\.", r"patch_embed.backbone.\1."),
         (r"^Transformer\.encoder_norm\.", "norm."),
         (_BLOCK + r"LayerNorm_0\.", r"blocks.\1.norm1."),
         (_BLOCK + r"LayerNorm_[12]\.", r"blocks.\1.norm2."),

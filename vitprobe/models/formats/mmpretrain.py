@@ -42,5 +42,6 @@ MMPRETRAIN = Dialect(
         (_BLOCK, r"blocks.\1."),
     ),
     convert=_convert,
+    fixed={"antialias": False},
     usual={"norm_eps": 1e-6},
 )

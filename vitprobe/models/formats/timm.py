@@ -13,9 +13,20 @@ from vitprobe.models.formats.base import Dialect, Settings, architecture_name
 
 
 def _stated(settings: Settings) -> Mapping[str, Any]:
-    """Facts in the `config.json` of timm's folders on the hub."""
-    config = settings.get("pretrained_cfg")
-    return {key: config.get(key) for key in ("mean", "std")} if isinstance(config, Mapping) else {}
+    """Facts in the `config.json` of timm's folders on the hub, and in the arguments of train.py."""
+    config, *arguments = (
+        value if isinstance(value := settings.get(key), Mapping) else {}
+        for key in ("pretrained_cfg", "model_args", "model_kwargs")
+    )
+    size = config.get("input_size")
+    return {
+        "num_heads": next(
+            (given["num_heads"] for given in arguments if "num_heads" in given), None
+        ),
+        "img_size": size[1:] if isinstance(size, list | tuple) else None,
+        "mean": config.get("mean"),
+        "std": config.get("std"),
+    }
 
 
 TIMM = Dialect(

@@ -112,8 +112,8 @@ def not_measured(result: Comparison) -> str:
 
 
 def other_assumptions(result: Comparison) -> str:
-    """Every other fact that was assumed, model by model, or nothing."""
-    parts = []
+    """Every other fact that was assumed, and of which models, or nothing."""
+    alike: dict[str, list[str]] = {}
     for name in result.models:
         description = result.describe(name)
         facts = [
@@ -122,5 +122,6 @@ def other_assumptions(result: Comparison) -> str:
             if key != "heads"
         ]
         if facts:
-            parts.append(f"{join(facts)} of {name}")
+            alike.setdefault(join(facts), []).append(name)
+    parts = [f"{facts} of {join(names)}" for facts, names in alike.items()]
     return f"Assumed, not read: {'; '.join(parts)}." if parts else ""
