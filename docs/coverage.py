@@ -1,6 +1,6 @@
 """Writes coverage.md: which families of models can be probed, found out by probing each of them.
 
-    python docs/coverage.py                      # all; the better part of an hour on two cores
+    python docs/coverage.py                      # all; about twenty minutes on one core
     python docs/coverage.py --cache rows.jsonl   # the same in several goes
     python docs/coverage.py swin_tiny_patch4_window7_224 hf:SwinModel   # prints their rows only
 

@@ -264,7 +264,13 @@ def test_a_few_bytes_that_read_as_many_numbers_are_refused(tmp_path):
         vp.load(path, heads=4)
 
 
-@pytest.mark.parametrize("dialect", WRITERS)
+@pytest.mark.parametrize(
+    "dialect",
+    [
+        name if name in ("mae", "hf siglip") else pytest.param(name, marks=pytest.mark.slow)
+        for name in WRITERS
+    ],
+)
 def test_no_tensor_of_the_encoder_can_be_missing_unnoticed(tmp_path, dialect):
     """Dropped one by one: refused, or no part of what the report claims."""
     path = tmp_path / "model.pth"
