@@ -109,13 +109,13 @@ class MaeLite:
         return (x @ x.T).fill_diagonal_(0)
 
 
-def hsic(k: Tensor, l: Tensor) -> float:  # noqa: E741
+def hsic(first: Tensor, second: Tensor) -> float:
     """The unbiased estimate of Song et al. (2012), with products of whole matrices."""
-    n = len(k)
-    ones = torch.ones(n, 1, dtype=k.dtype, device=k.device)
-    value = torch.trace(k @ l)
-    value += ((ones.T @ k @ ones) @ (ones.T @ l @ ones) / ((n - 1) * (n - 2))).squeeze()
-    value -= (ones.T @ k @ l @ ones).squeeze() * 2 / (n - 2)
+    n = len(first)
+    ones = torch.ones(n, 1, dtype=first.dtype, device=first.device)
+    value = torch.trace(first @ second)
+    value += ((ones.T @ first @ ones) @ (ones.T @ second @ ones) / ((n - 1) * (n - 2))).squeeze()
+    value -= (ones.T @ first @ second @ ones).squeeze() * 2 / (n - 2)
     return float(value / (n * (n - 3)))
 
 
