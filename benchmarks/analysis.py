@@ -4,12 +4,14 @@
     python benchmarks/analysis.py
     python benchmarks/analysis.py --models 5 --images 256 --turns 1
     python benchmarks/analysis.py --heads 12 --no-peers
+    python benchmarks/analysis.py --model vit_base_patch16_224 --heads 12 --device cuda \
+        --precision bf16 --no-peers
 
-Timm's ViT-Tiny/16 at 224 pixels with random weights, on the same noise images in the same batches
-of 128: bare forward passes; ours with nothing gathered, with CKA alone, with CKA, attention
-distance and entropy; mae-lite's way, its algorithm written anew from its description; PyTorch-
-Model-Compare (`torch_cka`) and pytorch-cka (`cka`). Peers compare two models, so of more they
-compare every pair, a model with itself among them, as their users do.
+Timm's ViT-Tiny/16 at 224 pixels with random weights, or another model, on the same noise images in
+the same batches: bare forward passes; ours with nothing gathered, with CKA alone, with CKA,
+attention distance and entropy; mae-lite's way, its algorithm written anew from its description;
+PyTorch-Model-Compare (`torch_cka`) and pytorch-cka (`cka`). Peers compare two models, so of more
+they compare every pair, a model with itself among them, as their users do.
 
 Ways take turns and the least CPU time of each is kept, since other work on a machine only adds to
 it; wall time beside. Memory is the peak of the process above what it held before. Values of CKA are
@@ -23,10 +25,11 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import timm
@@ -38,7 +41,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import vitprobe as vp
 from vitprobe.capture import Recorder
 
-BATCH = 128
 LAYERS = [*(f"blocks.{i}.norm1" for i in range(12)), "norm"]
 ATTENTION = ["attention_distance", "attention_entropy"]
 
@@ -48,9 +50,15 @@ class Settings:
     models: int = 2
     images: int = 1024
     heads: int = 3
+    model: str = "vit_tiny_patch16_224"
+    """Of timm, with 12 blocks and a class token."""
+    size: int = 224
+    batch: int = 128
     turns: int = 2
     threads: int | None = None
     device: str = "cpu"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the bare forward passes and ours; peers take no other than fp32."""
     peers: bool = True
     out: Path | None = None
     """Also write the table here."""
@@ -150,17 +158,23 @@ def measured(device: str) -> Iterator[list[Cost]]:
     found.append(Cost(cpu, wall, (most - start) / 2**20))
 
 
-def build(count: int, heads: int) -> list[vp.Model]:
+def build(settings: Settings) -> list[vp.Model]:
     models = []
-    for seed in range(count):
+    for seed in range(settings.models):
         torch.manual_seed(seed)
-        module = timm.create_model("vit_tiny_patch16_224", num_classes=0, num_heads=heads)
+        module = timm.create_model(settings.model, num_classes=0, num_heads=settings.heads)
         with torch.no_grad():  # Attention of fresh weights is uniform: none would be hard to find.
             for name, parameter in module.named_parameters():
                 if "qkv.weight" in name:
                     parameter.mul_(4)
         models.append(vp.wrap(module.requires_grad_(False), name=f"m{seed}", mean=0.5, std=0.5))
     return models
+
+
+def mixed(settings: Settings) -> AbstractContextManager[object]:
+    if settings.precision == "fp32":
+        return nullcontext()
+    return torch.autocast(torch.device(settings.device).type, dtype=torch.bfloat16)
 
 
 def ways(
@@ -170,20 +184,20 @@ def ways(
     device = torch.device(settings.device)
     modules = [model.module.to(device) for model in models]
     # What the models see after their normalisation, for those that do not normalise.
-    batches = [(batch.to(device) - 0.5) / 0.5 for batch in images.split(BATCH)]
-    loader = DataLoader(TensorDataset(torch.cat(batches)), batch_size=BATCH)
+    batches = [(batch.to(device) - 0.5) / 0.5 for batch in images.split(settings.batch)]
+    loader = DataLoader(TensorDataset(torch.cat(batches)), batch_size=settings.batch)
     pairs = list(combinations_with_replacement(range(len(models)), 2))
     if len(models) == 2:
         pairs = [(0, 1)]
 
     def forwards() -> None:
-        with torch.inference_mode():
+        with torch.inference_mode(), mixed(settings):
             for batch in batches:
                 for module in modules:
                     module(batch)
 
     def captured(attention: bool) -> None:
-        with torch.inference_mode():
+        with torch.inference_mode(), mixed(settings):
             for model in models:
                 recorder = Recorder(
                     model,
@@ -191,12 +205,18 @@ def ways(
                     on_attention=(lambda chunk: None) if attention else None,
                 )
                 with recorder:
-                    for batch in images.split(BATCH):
+                    for batch in images.split(settings.batch):
                         recorder.run(batch.to(device))
 
     def ours(measures: list[str]) -> vp.Comparison:
         return vp.compare(
-            models, images, measures, batch_size=BATCH, device=settings.device, progress=False
+            models,
+            images,
+            measures,
+            batch_size=settings.batch,
+            device=settings.device,
+            precision=settings.precision,
+            progress=False,
         )
 
     def mae_lite(dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -245,11 +265,11 @@ def ways(
     return found
 
 
-def check(models: list[vp.Model], images: Tensor, device: str) -> float:
+def check(models: list[vp.Model], images: Tensor, settings: Settings) -> float:
     """Greatest difference between our CKA and mae-lite's way in double precision."""
-    few = images[:BATCH]
+    device, few = settings.device, images[: settings.batch]
     result = vp.compare(models, few, ["cka"], device=device, progress=False)
-    batches = [(batch.to(device) - 0.5) / 0.5 for batch in few.split(BATCH)]
+    batches = [(batch.to(device) - 0.5) / 0.5 for batch in few.split(settings.batch)]
     modules = [model.module.to(device) for model in models]
     with torch.no_grad():
         peer = MaeLite(modules[0], modules[1], torch.float64).compare(batches)
@@ -259,8 +279,11 @@ def check(models: list[vp.Model], images: Tensor, device: str) -> float:
 def main(settings: Settings) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    models = build(settings.models, settings.heads)
-    images = torch.rand(settings.images, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    models = build(settings)
+    images = torch.rand(
+        (settings.images, 3, settings.size, settings.size),
+        generator=torch.Generator().manual_seed(0),
+    )
     timed = ways(models, images, settings)
     costs: dict[str, list[Cost]] = {name: [] for name in timed}
     for _ in range(settings.turns):
@@ -273,8 +296,9 @@ def main(settings: Settings) -> None:
     bare_wall = min(cost.wall for cost in costs["bare forward passes"])
     pairs = 1 if settings.models == 2 else settings.models * (settings.models + 1) // 2
     lines = [
-        f"{settings.models} x ViT-Tiny/16@224, {settings.heads} heads, {settings.images} images, "
-        f"{settings.device}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
+        f"{settings.models} x {settings.model}, {settings.size} px, {settings.heads} heads, "
+        f"{settings.images} images in batches of {settings.batch}, {settings.device}, "
+        f"{settings.precision}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
         f"peers: {pairs} pair{'s' * (pairs > 1)}.",
         "",
         "| way | CPU s | of bare | wall s | of bare | peak MB |",
@@ -288,7 +312,7 @@ def main(settings: Settings) -> None:
             f"| {memory:.0f} |"
         )
     if settings.peers:
-        difference = check(models, images, settings.device)
+        difference = check(models, images, settings)
         lines += ["", f"CKA differs from mae-lite's way in double precision by {difference:.1e}."]
     text = "\n".join(lines)
     print(f"\n{text}")

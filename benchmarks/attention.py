@@ -30,7 +30,7 @@ import vitprobe as vp
 from vitprobe.capture import Recorder
 from vitprobe.capture.attention import OnAttention
 from vitprobe.measures import attention_distance, attention_entropy, sink_mass
-from vitprobe.measures.chunks import AttentionChunk
+from vitprobe.measures.chunks import AttentionChunk, add
 from vitprobe.measures.registry import ATTENTION
 
 MODELS = {"vit_base_patch16_224": 224, "vit_small_patch14_dinov2": 518}
@@ -41,6 +41,8 @@ NAMES = ("attention_distance", "attention_entropy", "sink_mass")
 class Settings:
     batch: int = 4
     turns: int = 3
+    model: Literal["vit_base_patch16_224", "vit_small_patch14_dinov2"] | None = None
+    """The only one to look at; both where not given."""
     device: str = "cpu"
     precision: Literal["fp32", "bf16"] = "fp32"
     out: Path | None = None
@@ -72,35 +74,20 @@ class Ways:
 
     def streamed(self) -> list[Tensor]:
         measures = [ATTENTION[name]() for name in NAMES]
-
-        def add(chunk: AttentionChunk) -> None:
-            for measure in measures:
-                measure.update(chunk)
-
-        with (
-            torch.inference_mode(),
-            self.mixed(),
-            Recorder(self.model, on_attention=add) as recorder,
-        ):
-            recorder.run(self.images)
+        self._run(lambda chunk: add(measures, chunk))
         return [
             torch.stack([torch.from_numpy(part.mean) for part in measure.compute().values()])
             for measure in measures
         ]
 
     def stored(self) -> list[Tensor]:
-        maps: dict[int, list[Tensor]] = {}
+        maps: dict[int, Tensor] = {}
 
         def keep(chunk: AttentionChunk) -> None:
-            maps.setdefault(chunk.layer, []).append(chunk.log_p.exp())
+            maps[chunk.layer] = chunk.log_p.exp()
 
-        with (
-            torch.inference_mode(),
-            self.mixed(),
-            Recorder(self.model, on_attention=keep) as recorder,
-        ):
-            recorder.run(self.images)
-        return self._statistics([_joined(parts, self._tokens()) for parts in maps.values()])
+        self._run(keep)
+        return self._statistics(list(maps.values()))
 
     def hooked(self) -> list[Tensor]:
         maps: list[Tensor] = []
@@ -124,9 +111,6 @@ class Ways:
         with torch.inference_mode(), self.mixed(), recorder:
             recorder.run(self.images)
 
-    def _tokens(self) -> int:
-        return self.model.anatomy.sites[0].keys
-
     def _statistics(self, maps: list[Tensor]) -> list[Tensor]:
         grid, patch = self.model.anatomy.grid, self.model.anatomy.patch_size
         options: dict[str, Any] = {"prefix_tokens": self.prefix}
@@ -140,17 +124,6 @@ class Ways:
             ]
 
 
-def _joined(parts: list[Tensor], tokens: int) -> Tensor:
-    """(images, heads, queries, keys) of parts that each hold some queries of some images."""
-    whole, rows = [], []
-    for part in parts:
-        rows.append(part)
-        if sum(row.shape[2] for row in rows) == tokens:
-            whole.append(torch.cat(rows, dim=2))
-            rows = []
-    return torch.cat(whole)
-
-
 def main(settings: Settings) -> None:
     lines = [
         f"Batch {settings.batch}, {settings.device}, {settings.precision}, "
@@ -160,6 +133,8 @@ def main(settings: Settings) -> None:
         "|---|---|---|---|---|---|---|",
     ]
     for name, size in MODELS.items():
+        if settings.model not in (None, name):
+            continue
         ways = Ways(name, size, settings)
         timed: dict[str, Callable[[], Any]] = {
             "bare forward pass": ways.bare,

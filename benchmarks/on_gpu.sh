@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All that wants a GPU, in stages that can be called one after another, and again after a time limit.
-#   benchmarks/on_gpu.sh tests|bench|study OUT [FASHION_MNIST_FOLDER]
+#   benchmarks/on_gpu.sh tests|analysis|bench|study OUT [FASHION_MNIST_FOLDER]
 # Never run on a GPU so far: read what it prints.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,6 +10,24 @@ mkdir -p "$out"
 case $stage in
 tests)
   $python -m pytest -q -m "not slow" tests 2>&1 | tee "$out/tests.log" ;;
+analysis)
+  # What is written whole is left alone, so that the stage goes on where a time limit cut it off.
+  once() {
+    table=$out/$1.md; shift
+    [ -e "$table" ] || timeout 200 $python "$@" --out "$table" || { echo "failed: $*" >&2; failed=1; }
+  }
+  failed=0
+  cuda="--device cuda --precision bf16"
+  dino="--model vit_small_patch14_dinov2 --batch 32"
+  once fused benchmarks/fused.py
+  once fused_fp32 benchmarks/fused.py --precision fp32
+  once analysis_vit_b benchmarks/analysis.py --model vit_base_patch16_224 --heads 12 $cuda --no-peers
+  once analysis_dinov2_s benchmarks/analysis.py $dino --size 518 --heads 6 --images 256 $cuda \
+    --no-peers
+  once attention_vit_b benchmarks/attention.py --model vit_base_patch16_224 --batch 128 $cuda
+  once attention_dinov2_s benchmarks/attention.py $dino $cuda
+  once analysis_peers benchmarks/analysis.py --device cuda
+  exit "$failed" ;;
 bench)
   for size in 28 224; do
     batch=$([ "$size" = 28 ] && echo 4096 || echo 1024)
@@ -29,6 +47,6 @@ study)
   done
   $python -m vitprobe runs "$out/runs" --out "$out/curves.pdf" --force ;;
 *)
-  echo "no stage '$stage': tests, bench or study" >&2
+  echo "no stage '$stage': tests, analysis, bench or study" >&2
   exit 2 ;;
 esac

@@ -31,7 +31,7 @@ def chunks(attention, prefix, grid, patch=16, *, images=(), rows=(), layer=0):
     for first, last in pairwise(edges):
         for top, bottom in pairwise(cuts):
             yield AttentionChunk(
-                log_p=attention[first:last, :, top:bottom].log(),
+                logits=attention[first:last, :, top:bottom].log(),
                 query_prefix=min(max(0, prefix - top), bottom - top),
                 key_prefix=prefix,
                 query_xy=centres[max(0, top - prefix) : max(0, bottom - prefix)],

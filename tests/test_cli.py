@@ -210,7 +210,7 @@ def truncated(path):
         (truncated, "bad.pth"),
         (poison, "bad.pth"),
         (resnet, "bad.pth"),
-        (nan, r"'A', block 0 of the images: layer 1 gives NaN or infinite features"),
+        (nan, r"'A', block 0 of the images: attention is NaN in layer 1"),
     ],
     ids=["missing", "text", "empty", "truncated", "payload", "resnet", "nan"],
 )
@@ -391,7 +391,7 @@ def test_help_is_immediate():
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_leaves_nothing(tmp_path, photos, checkpoint, number, status):
     code = (
-        "import sys, vitprobe.data.images as d, time, os, signal\n"
+        "import sys, vitprobe.data.blocks as d, time, os, signal\n"
         "before = d.resize\n"
         "def slow(*a):\n    time.sleep(0.5)\n    print('decoding', flush=True)\n"
         "    return before(*a)\n"
@@ -408,6 +408,89 @@ def test_interrupted_leaves_nothing(tmp_path, photos, checkpoint, number, status
     assert process.returncode == status, err
     assert b"Traceback" not in err
     assert left_behind(tmp_path) == []
+
+
+def test_probe_files(run, photos, checkpoint, tmp_path):
+    more = ("--images", photos, "--measures", "cka", "attention_entropy", "--device", "cpu")
+    for name, spec in (("A", checkpoint), ("B", f"init:{checkpoint},seed=1")):
+        status, out, err = run("probe", f"{name}={spec},heads=3", *more, "--out", f"{name}.probe")
+        assert (status, out) == (0, f"{name}.probe\n"), err
+    status, out, _ = run("inspect", "A.probe")
+    assert status == 0
+    for said in ("Probe file", "cka, attention_entropy, sink_mass", "12 in 1 blocks", "tiny.pth"):
+        assert said in out
+    kept = ("--measures", "cka", "attention_entropy")
+    status, out, err = run("compare", "A=A.probe", "Other=B.probe", *kept, "--out", "out")
+    assert (status, out) == (0, "out/report.html\n"), err
+    assert vp.open_result("out/results.nc").models == ("A", "Other")
+    live = f"C={checkpoint},heads=3"
+    status, _, err = run("compare", "B.probe", live, *more, "--out", "mixed", "--dry-run")
+    assert status == 0, err
+    status, _, err = run("compare", "B.probe", live, *more, "--out", "mixed")
+    assert status == 0, err
+    assert vp.open_result("mixed/results.nc").models == ("B", "C")
+    assert left_behind(tmp_path) == ["A.probe", "B.probe", "mixed", "out"]
+
+
+def test_compare_keeps_probe_files(run, photos, checkpoint, tmp_path):
+    given = (f"A={checkpoint},heads=3", "--images", photos, "--measures", "cka", "--probes", "kept")
+    assert run("compare", *given, "--out", "out")[0] == 0
+    assert os.listdir(tmp_path / "kept") == ["A.probe"]
+    status, _, err = run("compare", *given, "--out", "again")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "'kept/A.probe' exists" in err
+    assert run("compare", *given, "--out", "again", "--resume")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("probe", "A={c}", "--images", "{p}", "--out", "A.pt"), "ends in .probe"),
+        (("probe", "A=A.probe", "--images", "{p}", "--out", "B.probe"), "holds no model to run"),
+        (("compare", "A={c}", "--out", "o"), "no images to compare models on; give --images"),
+        (("compare", "A=none.probe", "--out", "o"), "no probe file 'none.probe'"),
+        (("compare", "A=a.probe,heads=3", "--out", "o"), "was made with them"),
+        (("compare", "A={c}", "--images", "{p}", "--out", "o", "--resume"), "--probes; give that"),
+        (("inspect", "{c}.probe"), "no probe file"),
+    ],
+)
+def test_bad_use_of_probe_files(run, photos, checkpoint, tmp_path, arguments, message):
+    given = [text.format(c=checkpoint, p=photos) for text in arguments]
+    status, out, err = run(*given)
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert message in err
+    assert left_behind(tmp_path) == []
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_probe_says_how_to_go_on(run, photos, checkpoint, tmp_path, number, status):
+    spec = f"A={checkpoint},heads=3"
+    given = ["probe", spec, "--images", photos, "--out", "A.probe", "--block", "4"]
+    # Blocks are held up, so that the signal comes between them.
+    code = (
+        "import sys, time; from vitprobe import cli, forward; run = forward.Forward.part\n"
+        "def slow(self, block):\n"
+        "    if block.first: print('waiting', flush=True); time.sleep(60)\n"
+        "    return run(self, block)\n"
+        "forward.Forward.part = slow; cli.main(sys.argv[1:])"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, given)],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "waiting\n"
+        child.send_signal(number)
+        _, err = child.communicate(timeout=30)
+    assert child.returncode == status
+    assert "whole blocks of 'A.probe' are kept; --resume goes on behind them" in err
+    assert "Traceback" not in err
+    assert left_behind(tmp_path) == ["A.probe.partial"]
+    assert run(*given, "--resume")[:2] == (0, "A.probe\n")
+    assert left_behind(tmp_path) == ["A.probe"]
 
 
 def test_force_on_a_folder_that_is_no_report_is_refused_before_the_work(

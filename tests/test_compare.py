@@ -10,12 +10,13 @@ from models_for_tests import squares, tiny
 
 import vitprobe as vp
 from vitprobe import measures
-from vitprobe.compare import KNOWN, Settings, subset_bytes
+from vitprobe.compare import subset_bytes
 from vitprobe.errors import CaptureError, DataError, MeasureError, ResultError, VitprobeError
 from vitprobe.measures import MEASURES, attention_distance, attention_entropy, cka
 from vitprobe.measures.attention import grid_positions, uniform_distance
 from vitprobe.measures.gram import centered_gram
 from vitprobe.measures.registry import PER_BLOCK, SUBSET
+from vitprobe.settings import KNOWN, Settings
 
 QUIET = {"progress": False, "device": "cpu"}
 
@@ -73,7 +74,7 @@ def test_equals_the_definitions_computed_by_hand(pair, result):
 
 
 def vp_resize(image, size):
-    from vitprobe.data.images import View, resize
+    from vitprobe.data.blocks import View, resize
 
     return resize(image, View(3, size, size))
 
@@ -380,7 +381,8 @@ def test_what_is_not_asked_for_is_not_done(pair, monkeypatch):
 
     for what in ("CKA", "CKARBF", "Subset", "RankMe", "FirstDirectionShare"):
         monkeypatch.setattr(f"vitprobe.gather.{what}", never)
-    monkeypatch.setattr("vitprobe.gather.select_tokens", never)
+    monkeypatch.setattr("vitprobe.model_block.select_tokens", never)
+    monkeypatch.setattr("vitprobe.model_block.centered_gram", never)
     found = vp.compare(pair[:1], squares(8), ["token_cosine"], **QUIET)
     assert found.measures == ("token_cosine",)
     found = vp.compare(pair[:1], squares(8), ["sink_mass"], **QUIET)

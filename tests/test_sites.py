@@ -115,7 +115,7 @@ def test_remarks_label_channels_class_tokens_and_notes():
 def test_described_layers_know_their_block_and_kind():
     outside = replace(global_site(), path="head.pool")
     inside = replace(window_site(), path="blocks.1.attn")
-    found = described(model("m", outside, inside))
+    found = described(model("m", outside, inside).anatomy)
     assert [(layer["block"], layer["kind"]) for layer in found] == [
         (None, "global"),
         (1, "windows"),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vitprobe.data.images import Images, images
     from vitprobe.errors import VitprobeError
     from vitprobe.models import LoadReport, Model, load, wrap
+    from vitprobe.probe import Probe, open_probe, probe
     from vitprobe.report import report
     from vitprobe.results import Comparison, open_result
     from vitprobe.training import pretrain
@@ -34,14 +35,17 @@ _WHERE = {
     "Images": "vitprobe.data.images",
     "LoadReport": "vitprobe.models",
     "Model": "vitprobe.models",
+    "Probe": "vitprobe.probe",
     "VitprobeError": "vitprobe.errors",
     "capture": "vitprobe.capture.api",
     "capturing": "vitprobe.capture.api",
     "compare": "vitprobe.compare",
     "images": "vitprobe.data.images",
     "load": "vitprobe.models",
+    "open_probe": "vitprobe.probe",
     "open_result": "vitprobe.results",
     "pretrain": "vitprobe.training",
+    "probe": "vitprobe.probe",
     "report": "vitprobe.report",
     "wrap": "vitprobe.models",
 }
@@ -53,6 +57,7 @@ __all__ = [
     "Images",
     "LoadReport",
     "Model",
+    "Probe",
     "VitprobeError",
     "capture",
     "capturing",
@@ -60,9 +65,11 @@ __all__ = [
     "images",
     "load",
     "measures",
+    "open_probe",
     "open_result",
     "plots",
     "pretrain",
+    "probe",
     "report",
     "wrap",
 ]
@@ -82,8 +89,8 @@ def __dir__() -> list[str]:
 
 class _Package(ModuleType):
     def __setattr__(self, name: str, value: Any) -> None:
-        # Importing the submodules `capture`, `compare` and `report` must not hide the functions of
-        # that name.
+        # Importing the submodules `capture`, `compare`, `probe` and `report` must not hide the
+        # functions of that name.
         if not (name in _WHERE and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 

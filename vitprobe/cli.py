@@ -15,7 +15,7 @@ import sys
 import tempfile
 import tomllib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import tyro
 
-from vitprobe.errors import ResultError, SourceError, VitprobeError
+from vitprobe.errors import DataError, ElsewhereError, ResultError, SourceError, VitprobeError
 from vitprobe.models.sources import OPTIONS, parse_spec
 
 if TYPE_CHECKING:
-    from vitprobe.compare import Settings
-    from vitprobe.models import Model
+    from vitprobe.models.model import Subject
     from vitprobe.results import Comparison
+    from vitprobe.settings import Settings
 
 # Of the processes that torchrun starts, one speaks for all.
 _LEADS = os.environ.get("RANK", "0") == "0"
@@ -56,14 +56,19 @@ class Inspect:
     attention layers and what they have no number of, with the reason."""
 
     spec: tyro.conf.Positional[str]
-    """Such as mae.pth,heads=12, a saved folder, timm:NAME, hf:FOLDER, torchvision:NAME or
-    init:NAME."""
+    """Such as mae.pth,heads=12, a saved folder, timm:NAME, hf:FOLDER, torchvision:NAME, init:NAME,
+    or a probe file."""
 
     def run(self) -> str:
+        name, spec = _named(self.spec)
+        if parse_spec(spec).kind == "probe":
+            from vitprobe.probe import describe_probe, open_probe
+
+            return describe_probe(open_probe(spec, name=name))
+
         from vitprobe.models import load
         from vitprobe.models.inspection import describe_text
 
-        name, spec = _named(self.spec)
         return describe_text(load(spec, name=name))
 
 
@@ -71,12 +76,14 @@ class Inspect:
 class Compare:
     """Compare models on the same images and write a report."""
 
-    images: Path
-    """Folder, zip, tar or .txt list of images."""
     out: Path
     """Folder for report.html, figures, tables and results.nc."""
     specs: tyro.conf.Positional[tuple[str, ...]] = ()
-    """NAME=SPEC of each model, such as MAE=mae.pth,heads=12 or DeiT=timm:deit_tiny_patch16_224."""
+    """NAME=SPEC of each model, such as MAE=mae.pth,heads=12, DeiT=timm:deit_tiny_patch16_224, or a
+    probe file, A=a.probe."""
+    images: Path | None = None
+    """Folder, zip, tar, tar shards ('val-{000..007}.tar') or .txt list of images; needed unless all
+    models are probe files."""
     models: Path | None = None
     """TOML file with more models: one table a model, [NAME] with spec = "…" and options."""
     group: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -108,6 +115,10 @@ class Compare:
     """Images of the measures that need all of theirs together (SVCCA, RSA, ...)."""
     random_reference: bool = False
     """Add to every trained model a twin of the same architecture with random weights."""
+    probes: Path | None = None
+    """Folder for the probe file of every model that is run, NAME.probe."""
+    resume: bool = False
+    """Take finished models from PROBES, and go on behind the last block that the others have."""
     dry_run: bool = False
     """Load models and list images, say what would be done, and stop."""
     force: bool = False
@@ -129,17 +140,22 @@ class Compare:
             raise SourceError(
                 "no models to compare; give NAME=SPEC of one or more, --group or --models"
             )
+        if self.resume and self.probes is None:
+            raise SourceError("--resume goes on with what is in --probes; give that folder")
         if not self.dry_run:
             check_output(self.out, self.force)
 
         measures = [name for text in self.measures for name in text.split(",") if name]
-        for _, spec, _ in entries:
-            parse_spec(spec)  # a slip in a spec is told before torch is imported
+        # A slip in a spec is told before torch is imported.
+        kinds = [parse_spec(spec, **more).kind for _, spec, more in entries]
+        if self.images is None and set(kinds) != {"probe"}:
+            raise DataError("no images to compare models on; give --images")
 
-        from vitprobe.compare import Settings, compare
-        from vitprobe.data.images import images
+        from vitprobe.compare import compare, images_of
         from vitprobe.models import load
+        from vitprobe.probe import open_probe
         from vitprobe.report import check_folder
+        from vitprobe.settings import Settings
 
         options: dict[str, Any] = {
             "layers": self.layers,
@@ -155,22 +171,110 @@ class Compare:
         settings = Settings(measures, **options)
         if not self.dry_run:
             check_folder(self.out, force=self.force)
-        source = images(self.images, limit=self.limit, seed=self.seed)
-        models = [load(spec, name=name, **more) for name, spec, more in entries]
+        models = [
+            open_probe(spec, name=name) if kind == "probe" else load(spec, name=name, **more)
+            for (name, spec, more), kind in zip(entries, kinds, strict=True)
+        ]
+        seed = self.seed if self.images is not None else self.seed or None
+        source = images_of(models, self.images, self.limit, seed)
         if self.dry_run:
             return _plan(models, len(source), settings, self.random_reference)
-        result = compare(
-            models,
-            source,
-            measures,
-            random_reference=self.random_reference,
-            groups=groups,
-            **options,
-        )
+        with _resumable(self.probes):
+            result = compare(
+                models,
+                source,
+                measures,
+                random_reference=self.random_reference,
+                groups=groups,
+                probes=self.probes,
+                resume=self.resume,
+                **options,
+            )
+        if not _LEADS:
+            return ""
         page = _reported(result, self.out, self.force)
         for note in result.notes:
             print(f"note: {note}", file=sys.stderr)
         return str(page)
+
+
+@dataclass
+class Probe:
+    """Run one model over images and keep in a file what comparisons need of it."""
+
+    spec: tyro.conf.Positional[str]
+    """NAME=SPEC, such as MAE=mae.pth,heads=12 or DeiT=timm:deit_tiny_patch16_224."""
+    images: Path
+    """Folder, zip, tar or .txt list of images."""
+    out: Path
+    """File to write; its name ends in .probe."""
+    measures: tuple[str, ...] = ("cka", "attention_distance", "attention_entropy")
+    """What comparisons may ask for; all for everything there is."""
+    layers: Literal["normed", "residual"] = "normed"
+    """What a layer is: what each block's attention reads, or the residual stream."""
+    tokens: Literal["patches", "cls", "mean", "all"] = "patches"
+    """What of a layer is compared."""
+    limit: int | None = None
+    """Use the first so many images of the seeded permutation."""
+    seed: int = 0
+    """Of the permutation of images; 0 or more."""
+    block: int = 128
+    """Images over which similarity is computed before it is summed."""
+    batch_size: int | None = None
+    """Images in one forward pass; a block unless given."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """fp32 turns TF32 and autocast off."""
+    workers: int = 2
+    """Threads that decode images ahead."""
+    max_images: int = 256
+    """Images of the measures that need all of theirs together (SVCCA, RSA, ...)."""
+    resume: bool = False
+    """Go on behind the last whole block of a run that was cut short."""
+    force: bool = False
+    """Replace OUT, or what a run that was cut short has left of it."""
+
+    def run(self) -> str:
+        name, spec = _named(self.spec)
+        parse_spec(spec)  # a slip in a spec is told before torch is imported
+
+        from vitprobe.models import load
+        from vitprobe.probe import probe
+        from vitprobe.probe_file import check_free
+
+        check_free(self.out, resume=self.resume, force=self.force)
+        with _resumable(self.out):
+            made = probe(
+                load(spec, name=name),
+                self.images,
+                self.out,
+                [name for text in self.measures for name in text.split(",") if name],
+                layers=self.layers,
+                tokens=self.tokens,
+                block=self.block,
+                batch_size=self.batch_size,
+                device=self.device,
+                precision=self.precision,
+                limit=self.limit,
+                seed=self.seed,
+                workers=self.workers,
+                max_images=self.max_images,
+                resume=self.resume,
+                force=self.force,
+            )
+        return str(made)
+
+
+@contextlib.contextmanager
+def _resumable(kept: Path | None) -> Iterator[None]:
+    """Tell who stops a run that its whole blocks are kept."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if kept is not None:
+            _complain(f"whole blocks of '{kept}' are kept; --resume goes on behind them")
+        raise
 
 
 @dataclass
@@ -313,6 +417,7 @@ Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[Probe, tyro.conf.subcommand("probe")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
     | Annotated[Runs, tyro.conf.subcommand("runs")]
@@ -340,14 +445,18 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     warnings.formatwarning = lambda message, *_: f"vitprobe: warning: {_one_line(str(message))}\n"
     try:
         command = _parse(args)
-        outcome = command.run()
+        with _together(command):
+            outcome = command.run()
         if _LEADS:
             print(outcome)
         if sys.stdout is not None:
             sys.stdout.flush()
         status = 0
     except VitprobeError as error:
-        _complain(str(error))
+        # torchrun stops all processes when one has ended; those that are about to say nothing.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if not isinstance(error, ElsewhereError):
+            _complain(str(error))
         status = 2
     except KeyboardInterrupt as stop:
         _complain(str(stop) or "interrupted")
@@ -370,6 +479,15 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     sys.exit(status)
+
+
+def _together(command: object) -> contextlib.AbstractContextManager[object]:
+    """The processes of torchrun, where a command shares its work: an error of one ends all."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not isinstance(command, Compare):
+        return contextlib.nullcontext()
+    from vitprobe.distributed import together
+
+    return together()
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
@@ -507,7 +625,7 @@ def _reported(result: Comparison, out: Path, force: bool) -> Path:
     return page
 
 
-def _plan(models: Sequence[Model], count: int, settings: Settings, random_reference: bool) -> str:
+def _plan(models: Sequence[Subject], count: int, settings: Settings, random_reference: bool) -> str:
     from vitprobe.compare import subset_bytes
 
     twins = " and untrained twins" if random_reference else ""

@@ -8,134 +8,50 @@ numbers an image, one vector an image and layer for RankMe, and the features of 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from itertools import combinations
-from typing import Any, Final, Literal, get_args
+from itertools import chain, combinations
+from pathlib import Path
+from typing import Any, Final
 
-import numpy as np
-import torch
 import xarray as xr
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from vitprobe import provenance
-from vitprobe.capture import Recorder
+from vitprobe.block_sources import Live, Read, Source, kept_blocks
 from vitprobe.capture.features import Convention, convention_of, feature_layouts
-from vitprobe.data.images import Block, Images, View
+from vitprobe.data.blocks import Block, View
+from vitprobe.data.images import Images
 from vitprobe.data.images import images as as_images
-from vitprobe.devices import exact_products, find_device, placed
+from vitprobe.devices import find_device
+from vitprobe.distributed import Team, team
 from vitprobe.errors import DataError, MeasureError, VitprobeError, suggest
-from vitprobe.gather import Attention, Similarities, Tokens, check_finite, kept_numbers
-from vitprobe.measures.attention import AttentionChunk
-from vitprobe.measures.base import Group
+from vitprobe.forward import Forward, running
+from vitprobe.gather import Gathered, kept_numbers
 from vitprobe.measures.cka import MINIMUM_IMAGES, Estimator
-from vitprobe.measures.registry import MEASURES, SUBSET
+from vitprobe.measures.registry import SUBSET
 from vitprobe.measures.tokens import TokenPolicy
+from vitprobe.model_block import ModelBlock, Wanted
 from vitprobe.models import Model
 from vitprobe.models.anatomy import Layout
+from vitprobe.models.model import Subject
+from vitprobe.models.sources import PROBE_SUFFIX
 from vitprobe.models.untrained import is_untrained, same_architecture, untrained
-from vitprobe.results import COMPANION, Comparison
-from vitprobe.samples import SAMPLES, THUMBNAIL, SampleMaps, thumbnails
+from vitprobe.probe import Probe, ProbeWriter, check_finished, check_folder, open_probe
+from vitprobe.results import Comparison
+from vitprobe.settings import DEFAULT_MEASURES, Precision, Settings
 from vitprobe.sites import described
-from vitprobe.wording import layers_in_words
-
-DEFAULT_MEASURES: Final = ("cka", "attention_distance", "attention_entropy")
-ALL: Final = "all"
-KNOWN: Final = tuple(name for name in MEASURES if name != COMPANION)
 
 LONGEST_NAME: Final = 100
 UNTRAINED: Final = " (untrained)"
 SHARED_TWIN: Final = "Untrained twin"
 
-Precision = Literal["fp32", "bf16"]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a comparison is made; all of it is recorded in the result."""
-
-    measures: Sequence[str] = DEFAULT_MEASURES
-    layers: Convention = "normed"
-    tokens: TokenPolicy = "patches"
-    estimator: Estimator = "unbiased"
-    block: int = 128
-    batch_size: int | None = None
-    device: str = "auto"
-    precision: Precision = "fp32"
-    workers: int = 2
-    progress: bool = True
-    max_images: int = 256
-
-    def __post_init__(self) -> None:
-        if isinstance(self.measures, str):
-            raise MeasureError(f"measures are a list of names: give ['{self.measures}']")
-        for name in self.measures:
-            if name not in (*KNOWN, ALL):
-                raise MeasureError(
-                    f"unknown measure '{name}'.{suggest(name, KNOWN)} Use some of "
-                    f"{' '.join(KNOWN)}, or {ALL}."
-                )
-        if not self.measures:
-            raise MeasureError(f"no measure asked for: use some of {', '.join(KNOWN)}, or {ALL}")
-        if self.tokens not in get_args(TokenPolicy):
-            raise MeasureError(
-                f"unknown tokens '{self.tokens}': use one of {', '.join(get_args(TokenPolicy))}"
-            )
-        if self.max_images < 4:
-            raise MeasureError(f"max_images of {self.max_images} is too few; give 4 or more")
-        if self.estimator not in MINIMUM_IMAGES:
-            raise MeasureError(
-                f"unknown CKA estimator '{self.estimator}': use 'unbiased' or 'biased'"
-            )
-        if self.block < MINIMUM_IMAGES[self.estimator]:
-            raise MeasureError(
-                f"a block of {self.block} images is too small: {self.estimator} CKA needs "
-                f"{MINIMUM_IMAGES[self.estimator]}"
-            )
-        for what, number in (("batch size", self.batch_size), ("number of workers", self.workers)):
-            if number is not None and number < 1:
-                raise DataError(f"a {what} of {number} is none; give 1 or more")
-        if self.precision not in ("fp32", "bf16"):
-            raise VitprobeError(f"unknown precision '{self.precision}': use 'fp32' or 'bf16'")
-
-    @property
-    def similarity(self) -> tuple[str, ...]:
-        """Measures of two layers."""
-        return self._of("similarity")
-
-    @property
-    def attention(self) -> tuple[str, ...]:
-        """Attention measures; sink mass always goes with them, since renormalising hides it."""
-        asked = self._of("attention")
-        return tuple(dict.fromkeys([*asked, "sink_mass"])) if asked else ()
-
-    @property
-    def required(self) -> tuple[str, ...]:
-        """Attention measures that some model must give: those asked for by name."""
-        if ALL in self.measures or tuple(self.measures) == DEFAULT_MEASURES:
-            return ()
-        return self._of("attention")
-
-    @property
-    def layer_tokens(self) -> tuple[str, ...]:
-        """Measures of the tokens of a layer."""
-        return self._of("tokens")
-
-    @property
-    def features(self) -> bool:
-        """Whether anything is asked of layers."""
-        return bool(self.similarity or self.layer_tokens)
-
-    def _of(self, group: Group) -> tuple[str, ...]:
-        asked = KNOWN if ALL in self.measures else dict.fromkeys(self.measures)
-        return tuple(name for name in asked if MEASURES[name].group == group)
-
 
 def compare(
-    models: Sequence[Model],
-    images: Any,
+    models: Sequence[Model | Probe],
+    images: Any = None,
     measures: Sequence[str] = DEFAULT_MEASURES,
     *,
     layers: Convention = "normed",
@@ -152,15 +68,21 @@ def compare(
     max_images: int = 256,
     random_reference: bool = False,
     groups: Mapping[str, Sequence[str]] | None = None,
+    probes: str | os.PathLike[str] | None = None,
+    resume: bool = False,
 ) -> Comparison:
     """Compare models on the same images, in one pass.
+
+    Under torchrun the processes share the images, block by block, and each returns the result of
+    all, which is that of one process. Every one has to be given the same models and images.
 
     Models may differ in depth, width, patch, input size and normalisation. Similarity compares
     every layer of every model with every other; one model alone is compared with itself.
 
     Args:
-        models: from `load` or `wrap`, with different names.
-        images: whatever `vitprobe.images` takes.
+        models: from `load`, `wrap` or `open_probe`, with different names. Probe files have to be of
+            the same images, block, layers, tokens and precision.
+        images: whatever `vitprobe.images` takes; may be left out where all models are probe files.
         measures: names from `vitprobe.measures.MEASURES`, or `["all"]`; attention measures bring
             sink mass with them, CKA the first-direction share. What a model cannot give is left out
             and noted with its reason, as all attention of a convolutional network is.
@@ -182,6 +104,9 @@ def compare(
             random weights, "NAME (untrained)"; models that differ in weights alone share one,
             "Untrained twin".
         groups: names of models that are seeds of one method, by the method's name.
+        probes: a folder that is given the probe file of every model that is run, NAME.probe.
+        resume: take from that folder the probe files that are there already, and go on behind the
+            last block that all models have that are not finished.
 
     Returns:
         The Comparison.
@@ -190,7 +115,7 @@ def compare(
         VitprobeError: models that share a name, images too few or undecodable, an unknown measure,
             an attention measure asked for by name (and not by default or as "all") that no model
             can give, a layer that stays silent, features or attention that are not finite, a group
-            of models that are not there.
+            of models that are not there, a probe file that was made otherwise or is damaged.
     """
     settings = Settings(
         measures if isinstance(measures, str) else tuple(measures),
@@ -205,19 +130,40 @@ def compare(
         progress,
         max_images,
     )
-    if isinstance(models, Model):
+    if isinstance(models, (Model, Probe)):
         raise VitprobeError(f"models are a list: give [model] to compare '{models.name}' alone")
-    run = _Run(
-        list(models),
-        as_images(images, limit=limit, seed=seed),
-        settings,
-        {name: list(members) for name, members in (groups or {}).items()},
-        random_reference,
-    )
-    return run.result()
+    with team() as processes:
+        run = _Run(
+            list(models),
+            images_of(models, images, limit, seed),
+            settings,
+            {name: list(members) for name, members in (groups or {}).items()},
+            random_reference,
+            processes,
+            None if probes is None else Path(probes),
+            resume,
+        )
+        return run.result()
 
 
-def subset_bytes(models: Sequence[Model], settings: Settings, images: int) -> int:
+def images_of(
+    models: Sequence[Model | Probe], images: Any, limit: int | None, seed: int | None
+) -> Images:
+    """The images of a comparison: those that are given, or else those of its probe files."""
+    if images is not None:
+        return as_images(images, limit=limit, seed=seed)
+    alone = next((model for model in models if not isinstance(model, Probe)), None)
+    if alone is not None or not models:
+        raise DataError(
+            "no images to compare models on: give some; only where all models are probe files can "
+            "they be left out"
+        )
+    if limit is not None or seed is not None:
+        raise DataError("probe files have their limit and seed already; give them with images only")
+    return next(model for model in models if isinstance(model, Probe)).images
+
+
+def subset_bytes(models: Sequence[Subject], settings: Settings, images: int) -> int:
     """Memory that the features of the subset measures will take, 0 where there are none."""
     if not any(name in SUBSET for name in settings.similarity):
         return 0
@@ -231,19 +177,24 @@ def subset_bytes(models: Sequence[Model], settings: Settings, images: int) -> in
 
 @dataclass
 class _Run:
-    models: list[Model]
+    models: list[Model | Probe]
     images: Images
     settings: Settings
     groups: dict[str, list[str]]
     random_reference: bool
+    team: Team
+    probes: Path | None = None
+    resume: bool = False
     notes: list[str] = field(default_factory=list)
     references: dict[str, str] = field(default_factory=dict)
+    bandwidth_is_shared: bool = False
 
     def __post_init__(self) -> None:
         for model in self.models:
-            if not isinstance(model, Model):
+            if not isinstance(model, (Model, Probe)):
                 raise VitprobeError(
-                    f"cannot compare {type(model).__name__}: make a model of it with load or wrap"
+                    f"cannot compare {type(model).__name__}: make a model of it with load, wrap or "
+                    "open_probe"
                 )
         check_groups(self.groups, [model.name for model in self.models])
         self._check_seeds()
@@ -251,46 +202,32 @@ class _Run:
             self._add_references()
         self._check_names()
         settings = self.settings
-        self.layouts = {m.name: feature_layouts(m, settings.layers) for m in self.models}
         for model in self.models:
             if settings.features:
                 self._note_layers(model)
-                self._check_class_token(model)
+            Wanted.of(model, settings)
+            if isinstance(model, Probe):
+                model.check(settings)
+                model.images.check_same(model.path, self.images, self._where)
         self.device = find_device(settings.device)
-        self.similarities = Similarities(
-            self.layouts,
-            settings.similarity,
-            settings.tokens,
-            settings.estimator,
-            settings.max_images,
-        )
-        self.tokens = Tokens(self.layouts, settings.layer_tokens, settings.tokens)
-        self.attention = Attention(self.models, settings.attention, settings.required)
-        if not (settings.features or self.attention.measures):
+        self.gathered = Gathered(self.models, settings, self.device)
+        if not (settings.features or self.gathered.attention.measures):
             raise MeasureError(
                 "no model here has attention, and nothing else was asked for; give other measures, "
                 "such as cka"
             )
-        self.grams_alone = self.similarities.subset is None and not settings.layer_tokens
-        self.samples = {model.name: SampleMaps(model) for model in self.models}
-        self.thumbnails = np.empty((0, THUMBNAIL, THUMBNAIL, 3), np.uint8)
 
-    def _check_class_token(self, model: Model) -> None:
-        if self.settings.tokens != "cls":
-            return
-        layers = self.layouts[model.name]
-        without = [i for i, layout in enumerate(layers) if layout.prefix_tokens == 0]
-        if not model.anatomy.class_token or without:
-            where = f" in {layers_in_words(without)}" if 0 < len(without) < len(layers) else ""
-            raise MeasureError(
-                f"model '{model.name}' has no class token{where}; use tokens 'patches' or 'mean'"
-            )
+    @property
+    def _where(self) -> str:
+        """What the images are those of, as messages name it."""
+        owner = next((m for m in self.models if getattr(m, "images", None) is self.images), None)
+        return f"'{owner.path}'" if isinstance(owner, Probe) else f"'{self.images.source}'"
 
     def _check_seeds(self) -> None:
         by_name = {model.name: model for model in self.models}
         for group, members in self.groups.items():
             for a, b in combinations([by_name[name] for name in members], 2):
-                if _same_weights(a, b):
+                if a.weights_sha256() == b.weights_sha256():
                     raise VitprobeError(
                         f"'{a.name}' and '{b.name}' of group '{group}' have the same weights: "
                         "give each seed once"
@@ -316,6 +253,12 @@ class _Run:
         for model in self.models:
             if is_untrained(model):
                 continue
+            if isinstance(model, Probe):
+                self.notes.append(
+                    f"{model.name} has no untrained twin: a probe file holds no model to build "
+                    "again; probe one with random weights (init:…) and compare with that."
+                )
+                continue
             part = next((part for part in alike if same_architecture(part[0], model)), None)
             if part is None:
                 alike.append([model])
@@ -337,119 +280,121 @@ class _Run:
             self.references |= {model.name: twin.name for model in part}
 
     def result(self) -> Comparison:
-        views = {model.name: View(*model.input_size) for model in self.models}
+        """The comparison, after one pass over the images."""
+        self._check_alike()
         total = len(self.images) if self.images.names is not None else self.images.limit
         bar = tqdm(
             total=total,
             unit=" images",
             desc="comparing",
-            disable=None if self.settings.progress else True,
+            disable=None if self.settings.progress and self.team.leads else True,
         )
         with ExitStack() as stack:
             stack.enter_context(bar)
-            stack.enter_context(exact_products())
-            stack.enter_context(
-                torch.autocast(
-                    self.device.type,
-                    dtype=torch.bfloat16,
-                    enabled=self.settings.precision == "bf16",
-                )
-            )
-            for model in self.models:
-                stack.enter_context(placed(model.module, self.device))
+            sources = self._sources()
+            live = [source for source in sources.values() if isinstance(source, Live)]
+            models = [source.forward.model for source in live]
+            stack.enter_context(running(models, self.settings, self.device))
+            views = [View(*model.input_size) for model in models]
+            known = kept_blocks(live)
+            done = [pair for b in known for pair in zip(b.names, b.digests, strict=True)]
             blocks = self.images.blocks(
-                views.values(), self.settings.block, workers=self.settings.workers
+                views, self.settings.block, workers=self.settings.workers, done=done, team=self.team
             )
-            for number, block in enumerate(blocks):
-                self._block(number, block, views)
-                bar.update(len(block.names))
-        return self._assemble()
+            for block in chain(known, blocks):
+                self._check_block(block)
+                parts = {name: source.part(block) for name, source in sources.items()}
+                self._add(block.first, parts)
+                # The others are at the blocks beside this one.
+                bar.update(min(self.team.size * len(block.names), len(self.images.used) - bar.n))
+            for source in sources.values():
+                source.finish(self.images)
+        self._share_bandwidth()
+        self.team.to_leader(self.gathered, self.gathered.merge)
+        return self.team.from_leader(self._assemble)
 
-    def _block(self, number: int, block: Block, views: dict[str, View]) -> None:
+    def _add(self, first: int, parts: Mapping[str, ModelBlock]) -> None:
+        if self.team.leads:
+            self.gathered.add(first, parts)
+        self._share_bandwidth()
+        if not self.team.leads:
+            self.gathered.add(first, parts)
+
+    def _share_bandwidth(self) -> None:
+        """Once: hand on the RBF bandwidth, which is that of the run's first block."""
+        rbf = self.gathered.similarities.rbf
+        if rbf is not None and not self.bandwidth_is_shared:
+            rbf.variances = self.team.from_leader(lambda: rbf.variances)
+        self.bandwidth_is_shared = True
+
+    def _check_alike(self) -> None:
+        """Raise VitprobeError where the processes that share this run were given different ones."""
+        if self.team.size == 1:
+            return
+        settings = asdict(self.settings) | {"progress": None, "workers": None}
+        given = {
+            "models": [(model.name, model.weights_sha256()) for model in self.models],
+            "settings": settings | {"random_reference": self.random_reference},
+            "groups": self.groups,
+        }
+        of_all = self.team.exchange(given)
+        for process, other in enumerate(of_all):
+            what = next((name for name in given if other[name] != of_all[0][name]), None)
+            if what is not None:
+                raise VitprobeError(
+                    f"process {process} of this run is given other {what} than process 0; give all "
+                    "of them the same (seed what is random before you make it)"
+                )
+
+    def _check_block(self, block: Block) -> None:
         needed = MINIMUM_IMAGES[self.settings.estimator]
-        if self.similarities.streaming and len(block.names) < needed:
+        if self.gathered.similarities.streaming and len(block.names) < needed:
             raise DataError(
                 f"'{self.images.source}' gives too few images that can be decoded, "
                 f"{len(block.names)}: {self.settings.estimator} CKA needs at least {needed}"
             )
-        for model in self.models:
-            try:
-                self._forward(model, block, block.views[views[model.name]])
-            except MeasureError as error:
-                raise MeasureError(
-                    f"model '{model.name}', block {number} of the images: {error}; check its "
-                    "weights with 'vitprobe inspect'"
-                ) from error
-        self.similarities.end_block(block.first)
-        if len(self.thumbnails) < SAMPLES:
-            self.thumbnails = np.concatenate([self.thumbnails, thumbnails(block)])[:SAMPLES]
 
-    def _forward(self, model: Model, block: Block, pixels: Tensor) -> None:
-        """One model over one block: features and attention into what gathers them."""
-        count = len(pixels)
-        step = min(self.settings.batch_size or count, count)
-        start = 0
+    def _sources(self) -> dict[str, Source]:
+        """Where the blocks of each model come from."""
+        if self.probes is not None:
+            check_folder(self.probes, [m.name for m in self.models], self.team.size)
+        return {model.name: self._source(model) for model in self.models}
 
-        def on_features(layer: int, tokens: Tensor) -> None:
-            first, left = block.first + start, count - start - len(tokens)
-            # Under a caller's autocast matrix products alone would fall to half precision.
-            with torch.autocast(self.device.type, enabled=False):
-                tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
-                if not self.grams_alone:  # a Gram is smaller, and checked in any case
-                    check_finite(tokens, layer)
-                if self.settings.similarity:
-                    self.similarities.update(model.name, layer, first, tokens, left)
-                if self.settings.layer_tokens:
-                    self.tokens.update(model.name, layer, first, tokens)
-
-        def on_attention(chunk: AttentionChunk) -> None:
-            self.attention.update(model.name, chunk)
-            self.samples[model.name].update(chunk)
-
-        attends = bool(self.attention.measures and model.anatomy.sites)
-        if not (self.settings.features or attends):
-            return
-        recorder = Recorder(
-            model,
-            convention=self.settings.layers,
-            on_features=on_features if self.settings.features else None,
-            on_attention=on_attention if attends else None,
+    def _source(self, model: Model | Probe) -> Source:
+        if isinstance(model, Probe):
+            return Read(model, self.settings, self._where)
+        forward = Forward(model, self.settings, self.device)
+        if self.probes is None:
+            return Live(forward)
+        path = self.probes / f"{model.name}{PROBE_SUFFIX}"
+        if self.resume and path.exists():
+            found = open_probe(path, name=model.name)
+            check_finished(found, model, self.settings, self.images)
+            return Read(found, self.settings, self._where)
+        return Live(
+            forward,
+            ProbeWriter(path, model, self.settings, self.images, resume=self.resume, force=False),
         )
-        # A module of the user's own may keep what it computes, and could not train with inference
-        # tensors later.
-        grad_off = torch.no_grad() if model.spec == "module" else torch.inference_mode()
-        with grad_off, recorder:
-            for start in range(0, count, step):
-                batch = pixels[start : start + step].to(self.device)
-                recorder.run(batch, block.first + start)
 
     def _assemble(self) -> Comparison:
         groups: dict[str, xr.Dataset] = {}
         names = self.images.used
+        gathered = self.gathered
         if self.settings.similarity:
-            groups["similarity"] = self.similarities.dataset(len(names), self.notes)
-        if self.settings.layer_tokens or self.similarities.first_direction is not None:
-            groups["tokens"] = self.tokens.dataset(
-                names, self.similarities.first_direction, self.notes
-            )
-        if self.attention.measures:
-            groups["attention"] = self.attention.dataset(names, self.notes)
-            groups |= self._sample_groups()
-        self.attention.note(self.notes)
+            groups["similarity"] = gathered.similarities.dataset(len(names), self.notes)
+        first_direction = gathered.similarities.first_direction
+        if self.settings.layer_tokens or first_direction is not None:
+            groups["tokens"] = gathered.tokens.dataset(names, first_direction, self.notes)
+        if gathered.attention.measures:
+            groups["attention"] = gathered.attention.dataset(names, self.notes)
+            groups |= gathered.samples.groups(names)
+        gathered.attention.note(self.notes)
+        gathered.note(self.notes)
         self._note_images()
         self._note_groups()
         for model in self.models:
             self._note_assumed(model)
         return Comparison.assemble(groups, self._provenance())
-
-    def _sample_groups(self) -> dict[str, xr.Dataset]:
-        thumbnail = (("sample", "row", "column", "channel"), self.thumbnails)
-        names = {"name": ("sample", self.images.used[:SAMPLES])}
-        groups = {"samples": xr.Dataset({"thumbnail": thumbnail}, coords=names)}
-        for index, model in enumerate(self.models):
-            if (maps := self.samples[model.name].dataset()) is not None:
-                groups[f"samples/{index}"] = maps
-        return groups
 
     def _note_groups(self) -> None:
         for name, members in self.groups.items():
@@ -459,18 +404,19 @@ class _Run:
                     "has no interval over seeds."
                 )
 
-    def _note_assumed(self, model: Model) -> None:
-        assumed = model.describe()["assumed"]
+    def _note_assumed(self, model: Subject) -> None:
+        described = model.describe()
+        assumed, facts = described["assumed"], described["facts"]
         if "heads" in assumed:
             self.notes.append(
-                f"{model.name}: {model.facts['heads'].value} heads assumed, which nothing in the "
+                f"{model.name}: {facts['heads']['value']} heads assumed, which nothing in the "
                 "file says and which changes every result; give heads=N to state them."
             )
-        others = [f"{name} {model.facts[name].value}" for name in assumed if name != "heads"]
+        others = [f"{name} {facts[name]['value']}" for name in assumed if name != "heads"]
         if others:
             self.notes.append(f"{model.name}: assumed, not read anywhere: {', '.join(others)}.")
 
-    def _note_layers(self, model: Model) -> None:
+    def _note_layers(self, model: Subject) -> None:
         anatomy = model.anatomy
         followed = convention_of(model, self.settings.layers)
         if followed != self.settings.layers:
@@ -498,8 +444,11 @@ class _Run:
             self.notes.append(
                 f"{limit} images were asked for and {len(self.images.used)} could be had."
             )
-        blocks = self.similarities.blocks
-        exact = self.similarities.cka_value == "exact" and "cka_rbf" not in self.settings.similarity
+        blocks = self.gathered.similarities.blocks
+        exact = (
+            self.gathered.similarities.cka_value == "exact"
+            and "cka_rbf" not in self.settings.similarity
+        )
         if self.settings.estimator == "biased" and blocks is not None and blocks > 1 and not exact:
             self.notes.append(
                 f"Biased CKA was summed over {blocks} blocks and so depends on the block size; it "
@@ -511,9 +460,10 @@ class _Run:
                 "where that order is by class."
             )
         for model in self.models:
-            dtype = next((p.dtype for p in model.module.parameters()), torch.float32)
-            if dtype != torch.float32:
-                self.notes.append(f"{model.name}: its weights are {dtype}, and so it was run.")
+            if model.dtype != "torch.float32":
+                self.notes.append(
+                    f"{model.name}: its weights are {model.dtype}, and so it was run."
+                )
             height, width = model.input_size[1:]
             if height != width:
                 self.notes.append(
@@ -526,18 +476,23 @@ class _Run:
         return {
             **provenance.collect(),
             "models": [model.describe() | self._described(model) for model in self.models],
-            "measures": [*settings.similarity, *self.attention.measures, *settings.layer_tokens],
+            "measures": [
+                *settings.similarity,
+                *self.gathered.attention.measures,
+                *settings.layer_tokens,
+            ],
             "groups": self.groups,
             "references": self.references,
             "layers": settings.layers,
             "tokens": settings.tokens,
             "estimator": settings.estimator,
-            "cka_value": self.similarities.cka_value,
+            "cka_value": self.gathered.similarities.cka_value,
             "max_images": settings.max_images,
             "block": settings.block,
-            "blocks": self.similarities.blocks,
+            "blocks": self.gathered.similarities.blocks,
             "batch_size": settings.batch_size,
-            "device": str(self.device),
+            "processes": self.team.size,
+            "device": self._devices(),
             "precision": settings.precision,
             "seed": self.images.seed,
             "preprocessing": "centre square; bicubic, antialiased; each model's own mean and std",
@@ -552,28 +507,35 @@ class _Run:
             "notes": self.notes,
         }
 
-    def _described(self, model: Model) -> dict[str, Any]:
+    def _devices(self) -> str:
+        """On what the forward passes ran, those of probe files included."""
+        found = [
+            model.made["device"] if isinstance(model, Probe) else str(self.device)
+            for model in self.models
+        ]
+        return ", ".join(dict.fromkeys(found))
+
+    def _described(self, model: Subject) -> dict[str, Any]:
         """What this comparison took of a model, and what it could not."""
         return {
             "layers": convention_of(model, self.settings.layers),
-            "layouts": [_layout(layout) for layout in self.layouts[model.name]],
-            "attention": described(model),
+            "layouts": [_layout(part) for part in feature_layouts(model, self.settings.layers)],
+            "attention": described(model.anatomy),
             "no_attention": model.anatomy.no_attention,
-            "refused": [asdict(part) for part in self.attention.refused[model.name]],
+            "refused": [asdict(part) for part in self.gathered.attention.refused[model.name]],
+            "probe": _probed(model) if isinstance(model, Probe) else None,
         }
+
+
+def _probed(probe: Probe) -> dict[str, Any]:
+    """What a result records of a probe file."""
+    return {"file": probe.path.name, "sha256": probe.sha256, **probe.made}
 
 
 def _layout(layout: Layout) -> dict[str, Any]:
     """What of a layer's tokens a result records."""
     names = ("width", "prefix_tokens", "patches", "grid", "patch_size")
     return {name: getattr(layout, name) for name in names}
-
-
-def _same_weights(a: Model, b: Model) -> bool:
-    first, second = (list(model.module.parameters()) for model in (a, b))
-    return len(first) == len(second) and all(
-        x.shape == y.shape and torch.equal(x, y.to(x)) for x, y in zip(first, second, strict=True)
-    )
 
 
 def check_groups(groups: Mapping[str, Sequence[str]], names: Sequence[str]) -> None:

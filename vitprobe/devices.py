@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,19 +10,30 @@ from typing import Any
 import torch
 from torch import nn
 
+from vitprobe.distributed import launched
 from vitprobe.errors import VitprobeError
 
 
 def find_device(name: str) -> torch.device:
     """The torch device of that name; `auto` is CUDA or MPS where there is one, else the CPU.
 
+    Under torchrun CUDA is the GPU of this process, by its number on the machine.
+
     Raises:
-        VitprobeError: nothing can be computed on a device of that name here.
+        VitprobeError: nothing can be computed on a device of that name here; under torchrun, one
+            GPU named for all processes.
     """
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+            name = "cuda"
+        else:
+            name = "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.startswith("cuda") and launched() > 1:
+        if name != "cuda":
+            raise VitprobeError(
+                f"under torchrun each process takes its own GPU: not {name}, but cuda"
+            )
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         device = torch.device(name)
         # Some devices take tensors and hold no numbers.

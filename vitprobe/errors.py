@@ -42,6 +42,10 @@ class ResultError(VitprobeError):
     """A result file or output directory that cannot be read or written."""
 
 
+class ElsewhereError(VitprobeError):
+    """An error of another process of this run, in its words; that process tells the user."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the known name nearest to `name`, or the empty string.
 

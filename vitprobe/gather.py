@@ -1,19 +1,22 @@
 """What a comparison gathers while images go by, one class for each group of its result.
 
-Each is fed by the loop of `compare`, turns its sums into a dataset at the end, and says in notes
-what a reader must know of numbers that are undefined.
+Each adds what the models gave for one block after another, merges with that of another part of the
+run, turns its sums into a dataset at the end, and says in notes what a reader must know of numbers
+that are undefined.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Self
 
 import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
 
+from vitprobe.capture.features import feature_layouts
 from vitprobe.datasets import (
     Feature,
     FourierArrays,
@@ -24,11 +27,10 @@ from vitprobe.datasets import (
     tokens_dataset,
 )
 from vitprobe.errors import MeasureError
-from vitprobe.measures.attention import AttentionChunk, AttentionMeasure, PerImage
+from vitprobe.measures.attention import AttentionMeasure, PerImage
 from vitprobe.measures.cka import CKA, CKARBF, Estimator, SimilarityResult
 from vitprobe.measures.exact_cka import ExactCKA
 from vitprobe.measures.first_direction import FirstDirectionShare
-from vitprobe.measures.gram import centered_gram
 from vitprobe.measures.registry import ATTENTION, MEASURES, PER_BLOCK, SUBSET, TOKENS
 from vitprobe.measures.subset import Subset, SubsetMeasure
 from vitprobe.measures.tokens import (
@@ -36,11 +38,13 @@ from vitprobe.measures.tokens import (
     RankMe,
     TokenPolicy,
     fourier_log_amplitude,
-    select_tokens,
 )
-from vitprobe.models import Model
+from vitprobe.model_block import POOLED, ModelBlock
 from vitprobe.models.anatomy import Layout
-from vitprobe.sites import UniformLevels, in_words, refusals, remarks
+from vitprobe.models.model import Subject
+from vitprobe.samples import Samples
+from vitprobe.settings import Settings
+from vitprobe.sites import UniformLevels, in_words, open_layers, refusals, remarks
 from vitprobe.wording import join, layers_in_words
 
 Layouts = Mapping[str, Sequence[Layout]]
@@ -55,12 +59,6 @@ def features_of(layouts: Layouts) -> list[Feature]:
     return [(name, layer) for name, layers in layouts.items() for layer in range(len(layers))]
 
 
-def check_finite(numbers: Tensor, layer: int) -> None:
-    """Raise MeasureError for features of a layer, or a Gram matrix of them, that are not finite."""
-    if not torch.isfinite(numbers).all():
-        raise MeasureError(f"layer {layer} gives NaN or infinite features")
-
-
 def kept_numbers(layout: Layout, tokens: TokenPolicy) -> int:
     """How many numbers of an image a layer has under a token policy."""
     counts = {"patches": layout.patches, "all": layout.patches + layout.prefix_tokens}
@@ -70,34 +68,26 @@ def kept_numbers(layout: Layout, tokens: TokenPolicy) -> int:
 class Similarities:
     """Similarity of every two layers of all models."""
 
-    def __init__(
-        self,
-        layouts: Layouts,
-        measures: Sequence[str],
-        tokens: TokenPolicy,
-        estimator: Estimator,
-        max_images: int,
-    ) -> None:
+    def __init__(self, layouts: Layouts, settings: Settings, device: torch.device) -> None:
         self.layouts = layouts
         self.features = features_of(layouts)
-        self.measures = measures
-        self.tokens: TokenPolicy = tokens
-        self.max_images = max_images
-        self._index = {feature: i for i, feature in enumerate(self.features)}
-        count = len(self.features)
-        self.cka = CKA(count, estimator) if "cka" in measures else None
-        self.rbf = CKARBF(count, estimator) if "cka_rbf" in measures else None
+        self.measures = settings.similarity
+        self.tokens: TokenPolicy = settings.tokens
+        self.max_images = settings.max_images
+        self.device = device
+        count, estimator = len(self.features), settings.estimator
+        self.cka = CKA(count, estimator) if "cka" in self.measures else None
+        self.rbf = CKARBF(count, estimator) if "cka_rbf" in self.measures else None
         self.first_direction = FirstDirectionShare(count) if self.cka else None
         self.exact = self._exact(layouts, estimator) if self._wants_exact else None
-        asked = any(name in SUBSET for name in measures)
-        self.subset = Subset(count, max_images) if asked else None
-        self._parts: dict[int, list[Tensor]] = {}
-        self._grams: dict[int, Tensor] = {}
-        self._vectors: dict[int, Tensor] = {}
+        asked = layouts if any(name in SUBSET for name in self.measures) else {}
+        self.subsets = {
+            model: Subset(len(layers), settings.max_images) for model, layers in asked.items()
+        }
 
     @property
     def _wants_exact(self) -> bool:
-        return self.tokens in ("cls", "mean") and self.cka is not None
+        return self.tokens in POOLED and self.cka is not None
 
     @staticmethod
     def _exact(layouts: Layouts, estimator: Estimator) -> ExactCKA | None:
@@ -122,46 +112,39 @@ class Similarities:
             return None
         return "blocked" if self.exact is None else "exact"
 
-    def update(self, model: str, layer: int, first_image: int, tokens: Tensor, left: int) -> None:
-        """Add a layer's tokens (n, tokens, width) of some images; `left` more of the block come."""
-        index = self._index[model, layer]
-        kept = select_tokens(tokens, self.layouts[model][layer].prefix_tokens, self.tokens)
-        if self.subset is not None:
-            self.subset.update(index, first_image, kept)
+    def add(self, first: int, parts: Mapping[str, ModelBlock]) -> None:
+        """Add what the models gave for the block that begins with image `first`."""
+        for model, subset in self.subsets.items():
+            for layer, features in enumerate(parts[model].subset):
+                subset.update(layer, first, features)
+            parts[model].subset.clear()
         if not self.streaming:
             return
-        parts = self._parts.setdefault(index, [])
-        # What is kept past this forward pass must not share memory with the model's own tensors.
-        parts.append(kept.clone() if left else kept)
-        if left:
-            return
-        del self._parts[index]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        self._grams[index] = centered_gram(whole)
-        check_finite(self._grams[index], layer)
-        if self.exact is not None:
-            self._vectors[index] = whole.clone()
-
-    def end_block(self, first_image: int) -> None:
-        """All models have seen the block that began with this image."""
-        if not self.streaming:
-            return
-        grams = torch.stack([self._grams.pop(i) for i in range(len(self.features))])
+        grams = torch.cat([parts[model].grams.to(self.device) for model in self.layouts])
         if self.cka is not None and self.first_direction is not None:
-            self.cka.update_grams(grams, first_image)
+            self.cka.update_grams(grams, first)
             self.first_direction.update_grams(grams)
         if self.rbf is not None:
-            self.rbf.update_grams(grams, first_image)
+            self.rbf.update_grams(grams, first)
         if self.exact is not None:
-            self.exact.update([self._vectors.pop(i) for i in range(len(self.features))])
+            self.exact.update([x for model in self.layouts for x in parts[model].vectors])
+
+    def merge(self, other: Self) -> None:
+        """Add the sums of another part of the run."""
+        for name in ("cka", "first_direction", "rbf", "exact"):
+            if (ours := getattr(self, name)) is not None:
+                ours.merge(getattr(other, name))
+        for model, subset in self.subsets.items():
+            subset.merge(other.subsets[model])
 
     def dataset(self, images: int, notes: list[str]) -> xr.Dataset:
         """The `similarity` group."""
         arrays = {}
+        subset = Subset.beside(list(self.subsets.values())) if self.subsets else None
         for name in self.measures:
             streamed = {"cka": self.cka, "cka_rbf": self.rbf}.get(name)
-            if self.subset is not None and name in SUBSET:
-                found = self._on_subset(SUBSET[name](self.subset), notes)
+            if subset is not None and name in SUBSET:
+                found = self._on_subset(SUBSET[name](subset), notes)
                 seen = min(images, self.max_images)
             elif streamed is not None:
                 exact = self.exact.compute() if name == "cka" and self.exact else None
@@ -206,26 +189,33 @@ class Similarities:
 class Tokens:
     """Numbers of the tokens of every layer of all models."""
 
-    def __init__(self, layouts: Layouts, measures: Sequence[str], tokens: TokenPolicy) -> None:
+    def __init__(self, layouts: Layouts, measures: Sequence[str]) -> None:
         self.features = features_of(layouts)
         self.layouts = layouts
-        self.tokens: TokenPolicy = tokens
         self._index = {feature: i for i, feature in enumerate(self.features)}
         self.per_image = {
             model: {name: TOKENS[name]() for name in measures if name in TOKENS}
             for model in layouts
         }
-        self.rankme = RankMe(len(self.features)) if "rankme" in measures else None
+        asked = layouts if "rankme" in measures else {}
+        self.rankme = {model: RankMe(len(layers)) for model, layers in asked.items()}
 
-    def update(self, model: str, layer: int, first_image: int, tokens: Tensor) -> None:
-        """Add a layer's tokens (n, tokens, width) of some images."""
-        layout = self.layouts[model][layer]
-        for measure in self.per_image[model].values():
-            measure.update(layer, first_image, tokens[:, layout.prefix_tokens :], layout.grid)
-        if self.rankme is not None:
-            policy: TokenPolicy = "cls" if self.tokens == "cls" else "mean"
-            vectors = select_tokens(tokens, layout.prefix_tokens, policy)
-            self.rankme.update(self._index[model, layer], first_image, vectors)
+    def add(self, parts: Mapping[str, ModelBlock]) -> None:
+        """Add what the models gave for a block."""
+        for model, measures in self.per_image.items():
+            for name, measure in measures.items():
+                measure.merge(parts[model].tokens[name])
+        for model, rankme in self.rankme.items():
+            if (found := parts[model].rankme) is not None:
+                rankme.merge(found)
+
+    def merge(self, other: Self) -> None:
+        """Add the numbers of another part of the run."""
+        for model, measures in self.per_image.items():
+            for name, measure in measures.items():
+                measure.merge(other.per_image[model][name])
+        for model, rankme in self.rankme.items():
+            rankme.merge(other.rankme[model])
 
     def dataset(
         self,
@@ -241,9 +231,10 @@ class Tokens:
                 share.numpy(), spread.numpy(), first_direction.degrees
             )
             sums = _sums(first_direction)
-        if self.rankme is not None:
-            value, error = (array.numpy() for array in self.rankme.compute())
-            per_layer["rankme"] = LayerArrays(value, error, self.rankme.degrees)
+        if self.rankme:
+            found = [rankme.compute() for rankme in self.rankme.values()]
+            value, error = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
+            per_layer["rankme"] = LayerArrays(value, error, RankMe.degrees)
             self._note_undefined("rankme", value[None], notes)
         per_image: dict[str, list[np.ndarray]] = {}
         for by_name in self.per_image.values():
@@ -306,32 +297,16 @@ class Attention:
     """
 
     def __init__(
-        self, models: Sequence[Model], measures: Sequence[str], asked: Collection[str]
+        self, models: Sequence[Subject], measures: Sequence[str], asked: Collection[str]
     ) -> None:
         self.refused = {model.name: refusals(model.anatomy, measures) for model in models}
-        self.models = [model for model in models if model.anatomy.sites]
-        closed = {
-            model.name: {
-                name: {
-                    layer
-                    for part in self.refused[model.name]
-                    if name in part.measures
-                    for layer in part.layers
-                }
-                for name in measures
-            }
-            for model in self.models
-        }
-        self.measures = [
-            name
-            for name in measures
-            if any(len(closed[m.name][name]) < len(m.anatomy.sites) for m in self.models)
-        ]
+        self.anatomies = {model.name: model.anatomy for model in models if model.anatomy.sites}
+        given = [open_layers(anatomy, measures) for anatomy in self.anatomies.values()]
+        self.measures = [name for name in measures if any(layers[name] for layers in given)]
         self._check(asked)
         self.by_model = {
-            model.name: {name: ATTENTION[name]() for name in self.measures} for model in self.models
+            model: {name: ATTENTION[name]() for name in self.measures} for model in self.anatomies
         }
-        self._closed = closed
 
     def _check(self, asked: Collection[str]) -> None:
         missing = [name for name in asked if name not in self.measures]
@@ -345,11 +320,17 @@ class Attention:
                 f"{join([repr(name) for name in missing])} out of the measures"
             )
 
-    def update(self, model: str, chunk: AttentionChunk) -> None:
-        """Add some rows of one attention layer of a model."""
-        for name, measure in self.by_model[model].items():
-            if chunk.layer not in self._closed[model][name]:
-                measure.update(chunk)
+    def add(self, parts: Mapping[str, ModelBlock]) -> None:
+        """Add what the models gave for a block."""
+        for model, measures in self.by_model.items():
+            for name, found in parts[model].attention.items():
+                measures[name].merge(found)
+
+    def merge(self, other: Self) -> None:
+        """Add the numbers of another part of the run."""
+        for model, measures in self.by_model.items():
+            for name, measure in measures.items():
+                measure.merge(other.by_model[model][name])
 
     def dataset(self, images: Sequence[str], notes: list[str]) -> xr.Dataset:
         """The `attention` group."""
@@ -357,10 +338,10 @@ class Attention:
         undefined: dict[str, list[np.ndarray]] = {name: [] for name in self.measures}
         uniform: dict[str, list[float]] = {name: [] for name in self.measures}
         level = UniformLevels()
-        for model in self.models:
-            for name, measure in self.by_model[model.name].items():
+        for model, anatomy in self.anatomies.items():
+            for name, measure in self.by_model[model].items():
                 layers = measure.compute()
-                for layer, site in enumerate(model.anatomy.sites):
+                for layer, site in enumerate(anatomy.sites):
                     columns = 1 if name in PER_BLOCK else site.heads
                     found = layers.get(layer, _nothing(len(images), columns))
                     values[name].append(found.mean)
@@ -368,7 +349,11 @@ class Attention:
                     uniform[name] += [level(name, site) if layer in layers else math.nan] * columns
                 if layers:
                     _note_rows(model, measure, layers.values(), notes)
-        sites = [(m.name, i, site) for m in self.models for i, site in enumerate(m.anatomy.sites)]
+        sites = [
+            (model, layer, site)
+            for model, anatomy in self.anatomies.items()
+            for layer, site in enumerate(anatomy.sites)
+        ]
         return attention_dataset(
             [(name, layer, head) for name, layer, site in sites for head in range(site.heads)],
             images,
@@ -387,8 +372,54 @@ class Attention:
         for name, found in self.refused.items():
             if found:
                 notes.append(f"{name}: {in_words(found)}.")
-        for model in self.models:
-            notes += [f"{model.name}, {text}" for text in remarks(model.anatomy)]
+        for name, anatomy in self.anatomies.items():
+            notes += [f"{name}, {text}" for text in remarks(anatomy)]
+
+
+class Gathered:
+    """All that images add to, of all models. Holds no model, and merges exactly."""
+
+    def __init__(self, models: Sequence[Subject], settings: Settings, device: torch.device) -> None:
+        layouts = {model.name: feature_layouts(model, settings.layers) for model in models}
+        self.similarities = Similarities(layouts, settings, device)
+        self.tokens = Tokens(layouts, settings.layer_tokens)
+        self.attention = Attention(models, settings.attention, settings.required)
+        self.samples = Samples(models)
+        self.halved: dict[str, tuple[int, int]] = {}
+        """Images in a forward pass at first, and in the end, of models that ran out of memory."""
+
+    def add(self, first: int, parts: Mapping[str, ModelBlock]) -> None:
+        """Add what all models gave for the block that begins with image `first`."""
+        self.similarities.add(first, parts)
+        self.tokens.add(parts)
+        self.attention.add(parts)
+        self.samples.add(first, parts)
+        self._add_halved({n: part.halved for n, part in parts.items() if part.halved is not None})
+
+    def merge(self, other: Self) -> None:
+        """Add another part of the same run.
+
+        Raises:
+            MeasureError: an image that both parts have seen.
+        """
+        self.similarities.merge(other.similarities)
+        self.tokens.merge(other.tokens)
+        self.attention.merge(other.attention)
+        self.samples.merge(other.samples)
+        self._add_halved(other.halved)
+
+    def _add_halved(self, halved: Mapping[str, tuple[int, int]]) -> None:
+        for name, (before, after) in halved.items():
+            known = self.halved.get(name, (before, after))
+            self.halved[name] = (max(known[0], before), min(known[1], after))
+
+    def note(self, notes: list[str]) -> None:
+        """Say where the device had too little memory."""
+        for name, (before, after) in self.halved.items():
+            notes.append(
+                f"{name}: the device ran out of memory with {before} images in a forward pass, so "
+                f"it was given {after} at a time; blocks are unchanged."
+            )
 
 
 def _nothing(images: int, columns: int) -> PerImage:
@@ -419,24 +450,24 @@ def _joined(parts: Mapping[str, Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def _note_rows(
-    model: Model, measure: AttentionMeasure, layers: Iterable[PerImage], notes: list[str]
+    model: str, measure: AttentionMeasure, layers: Iterable[PerImage], notes: list[str]
 ) -> None:
     means, missing = zip(*layers, strict=True)
     rows = sum(int(counts.sum()) for counts in missing)
     if rows and measure.needs == "rows":
         notes.append(
-            f"{model.name}: {rows} attention rows had no mass on patches and are left out of "
+            f"{model}: {rows} attention rows had no mass on patches and are left out of "
             f"{measure.info.title.lower()}."
         )
     elif rows and measure.needs == "heads":
         notes.append(
-            f"{model.name}: {rows} attention rows have no {measure.info.title}, infinite or of a "
+            f"{model}: {rows} attention rows have no {measure.info.title}, infinite or of a "
             "head alone in its block, and are left out of it."
         )
     undefined = sum(int(np.isnan(mean).sum()) for mean in means)
     if undefined:
         what = "blocks" if measure.per_block else "heads"
         notes.append(
-            f"{model.name}: {measure.info.title} is undefined in {undefined} of "
+            f"{model}: {measure.info.title} is undefined in {undefined} of "
             f"{sum(mean.size for mean in means)} {what} of single images, which are left out."
         )

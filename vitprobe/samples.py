@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import xarray as xr
+from torch import Tensor
 
-from vitprobe.data.images import Block
 from vitprobe.measures.attention import AttentionChunk
-from vitprobe.models import Model
+from vitprobe.models import Anatomy
+from vitprobe.models.model import Subject
+
+if TYPE_CHECKING:
+    from vitprobe.model_block import ModelBlock
 
 SAMPLES: Final = 8
 SAMPLE_BYTES: Final = 4 << 20
@@ -27,13 +32,13 @@ class SampleMaps:
     nothing of windows, pooled keys and later stages.
     """
 
-    def __init__(self, model: Model) -> None:
-        first = model.anatomy.residual[0]
+    def __init__(self, anatomy: Anatomy) -> None:
+        first = anatomy.residual[0]
         self.prefix = first.prefix_tokens
         self.keys = self.prefix + first.patches
         self.heads = {
             layer: site.heads
-            for layer, site in enumerate(model.anatomy.sites)
+            for layer, site in enumerate(anatomy.sites)
             if first.grid is not None and site.whole and site.keys == self.keys
         }
         row_bytes = 2 * SAMPLES * sum(self.heads.values()) * self.keys
@@ -41,22 +46,31 @@ class SampleMaps:
         if self.heads and first.grid is not None:
             self.queries = _sample_queries(first.grid, self.prefix, row_bytes)
         self.maps: dict[tuple[int, int], np.ndarray] = {}
+        """(heads, queries, keys) float16 of each layer and image."""
 
     def update(self, chunk: AttentionChunk) -> None:
         """Keep what of a chunk is of the first images."""
-        images = min(chunk.log_p.shape[0], SAMPLES - chunk.first_image)
+        images = min(chunk.shape[0], SAMPLES - chunk.first_image)
         if images <= 0 or chunk.layer not in self.heads:
             return
-        rows = self.queries - chunk.first_query
-        inside = (rows >= 0) & (rows < chunk.log_p.shape[2])
-        chosen = torch.from_numpy(rows[inside]).to(chunk.log_p.device)
-        attention = chunk.log_p[:images].index_select(2, chosen).exp().half().cpu().numpy()
-        for image in range(images):
+        for part in chunk.part(slice(0, images), slice(0, chunk.shape[2])).parts():
+            self._keep(part)
+
+    def _keep(self, part: AttentionChunk) -> None:
+        rows = self.queries - part.first_query
+        inside = (rows >= 0) & (rows < part.shape[2])
+        chosen = torch.from_numpy(rows[inside]).to(part.device)
+        attention = part.log_p.index_select(2, chosen).exp().half().cpu().numpy()
+        for image, kept in enumerate(attention, part.first_image):
             map_ = self.maps.setdefault(
-                (chunk.layer, chunk.first_image + image),
-                np.zeros((chunk.log_p.shape[1], len(self.queries), self.keys), np.float16),
+                (part.layer, image),
+                np.zeros((self.heads[part.layer], len(self.queries), self.keys), np.float16),
             )
-            map_[:, inside] = attention[image]
+            map_[:, inside] = kept
+
+    def merge(self, other: Self) -> None:
+        """Add the maps of other images of the same model."""
+        self.maps |= other.maps
 
     def dataset(self) -> xr.Dataset | None:
         """The maps of a model in the `samples` group; None where none were kept."""
@@ -98,10 +112,47 @@ def _sample_queries(grid: tuple[int, int], prefix: int, row_bytes: int) -> np.nd
     return np.concatenate([np.arange(prefix), prefix + patches])
 
 
-def thumbnails(block: Block) -> np.ndarray:
-    """(samples, THUMBNAIL, THUMBNAIL, 3) uint8 of the first images, from the richest view."""
-    view = max(block.views, key=lambda v: (v.channels, v.height * v.width))
-    pixels = block.views[view][:SAMPLES]
+def thumbnails(pixels: Tensor) -> np.ndarray:
+    """(images, THUMBNAIL, THUMBNAIL, 3) uint8 of images as a model is given them, in [0, 1]."""
     pixels = F.interpolate(pixels, (THUMBNAIL, THUMBNAIL), mode="bilinear", antialias=True)
     pixels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
     return pixels.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+class Samples:
+    """Maps and thumbnails of the first images, of all models."""
+
+    def __init__(self, models: Sequence[Subject]) -> None:
+        self.maps = {model.name: SampleMaps(model.anatomy) for model in models}
+        self._richest = max(
+            models, key=lambda m: (m.input_size[0], m.input_size[1] * m.input_size[2])
+        ).name
+        self._thumbnails: dict[int, np.ndarray] = {}
+
+    def add(self, first: int, parts: Mapping[str, ModelBlock]) -> None:
+        """Add what the models gave for the block that begins with image `first`."""
+        for name, part in parts.items():
+            if part.maps is not None:
+                self.maps[name].merge(part.maps)
+        if first < SAMPLES:
+            self._thumbnails[first] = parts[self._richest].thumbnails
+
+    def merge(self, other: Self) -> None:
+        """Add the samples of another part of the run."""
+        for name, maps in other.maps.items():
+            self.maps[name].merge(maps)
+        self._thumbnails |= other._thumbnails
+
+    def groups(self, names: Sequence[str]) -> dict[str, xr.Dataset]:
+        """The `samples` group and those below it; names: of all images."""
+        shown = [self._thumbnails[first] for first in sorted(self._thumbnails)]
+        found = {
+            "samples": xr.Dataset(
+                {"thumbnail": (("sample", "row", "column", "channel"), np.concatenate(shown))},
+                coords={"name": ("sample", list(names[:SAMPLES]))},
+            )
+        }
+        for index, maps in enumerate(self.maps.values()):
+            if (dataset := maps.dataset()) is not None:
+                found[f"samples/{index}"] = dataset
+        return found

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vitprobe.measures.attention import AttentionChunk, AttentionMeasure
 from vitprobe.measures.registry import ATTENTION
-from vitprobe.models import Anatomy, Model
+from vitprobe.models import Anatomy
 from vitprobe.models.anatomy import Site
 from vitprobe.wording import join, layers_in_words
 
@@ -98,6 +98,18 @@ def refusals(anatomy: Anatomy, measures: Sequence[str]) -> list[Refusal]:
     ]
 
 
+def open_layers(anatomy: Anatomy, measures: Sequence[str]) -> dict[str, frozenset[int]]:
+    """Of each measure, the attention layers that have it."""
+    return {
+        name: frozenset(
+            layer
+            for layer in range(len(anatomy.sites))
+            if not refusal(ATTENTION[name], anatomy, layer)
+        )
+        for name in measures
+    }
+
+
 def in_words(found: Sequence[Refusal]) -> str:
     """What a model refuses, as the rest of a sentence that begins with its name."""
     if found and not found[0].layers:
@@ -124,9 +136,8 @@ def remarks(anatomy: Anatomy) -> list[str]:
     ]
 
 
-def described(model: Model) -> list[dict[str, Any]]:
+def described(anatomy: Anatomy) -> list[dict[str, Any]]:
     """What a result records of each attention layer, JSON-able."""
-    anatomy = model.anatomy
     return [
         {
             "path": site.path,
@@ -189,7 +200,7 @@ def _uniform_window(site: Site, window: int) -> AttentionChunk:
         return None if xy is None else xy[window]
 
     return AttentionChunk(
-        log_p=rows.log()[None, None],
+        logits=rows.log()[None, None],
         query_prefix=site.query_prefix,
         key_prefix=site.key_prefix,
         query_xy=places(site.query_xy),

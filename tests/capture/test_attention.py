@@ -12,9 +12,10 @@ from models_for_tests import tiny
 from torch import Tensor, nn
 
 import vitprobe as vp
-from vitprobe.capture import Recorder, attention
+from vitprobe.capture import Recorder
 from vitprobe.capture.attention import AttentionTap
 from vitprobe.errors import CaptureError
+from vitprobe.measures import chunks as chunks_module
 from vitprobe.models import Model
 from vitprobe.models.calls import AttentionCall, AttentionCalls
 
@@ -215,8 +216,8 @@ def test_torchvision_differs_by_rounding_alone():
 def test_the_size_of_chunks_changes_nothing(models, name, elements, monkeypatch):
     model = models[name]
     whole, _ = chunks_of(model, images())
-    monkeypatch.setattr(attention, "CHUNK_ELEMENTS", elements)
-    parts, _ = chunks_of(model, images())
+    monkeypatch.setattr(chunks_module, "CHUNK_ELEMENTS", elements)
+    parts = [part for chunk in whole for part in chunk.parts()]
     for layer, site in enumerate(model.anatomy.sites):
         torch.testing.assert_close(
             maps_of(parts, layer, site.windows), maps_of(whole, layer, site.windows)

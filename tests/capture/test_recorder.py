@@ -5,8 +5,9 @@ import timm
 import torch
 
 import vitprobe as vp
-from vitprobe.capture import Recorder, attention
+from vitprobe.capture import Recorder
 from vitprobe.errors import CaptureError
+from vitprobe.measures import chunks as chunks_module
 from vitprobe.measures.attention import ATTENTION_MEASURES
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
@@ -144,8 +145,8 @@ def test_chunk_size_changes_nothing(monkeypatch, elements):
     for chunk in whole:
         for measure in expected:
             measure.update(chunk)
-    monkeypatch.setattr(attention, "CHUNK_ELEMENTS", elements)
-    _, _, parts = record(model, x)
+    monkeypatch.setattr(chunks_module, "CHUNK_ELEMENTS", elements)
+    parts = [part for chunk in whole for part in chunk.parts()]
     for layer in range(3):
         torch.testing.assert_close(full_maps(parts, layer), full_maps(whole, layer))
     for cls, reference in zip(ATTENTION_MEASURES, expected, strict=True):

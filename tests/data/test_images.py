@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import random
 import subprocess
+import tarfile
 import zipfile
 
 import numpy as np
@@ -12,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vitprobe.data.images import View, images, resize
+from vitprobe.data.blocks import View, resize
+from vitprobe.data.images import images
 from vitprobe.errors import DataError
 
 VIEW = View(3, 8, 8)
@@ -57,6 +59,60 @@ def test_folder_zip_tar_and_list_agree(folder, tmp_path):
         assert found.used == expected.used
         assert found.sha256 == expected.sha256
         assert torch.equal(pixels(source, limit=7), wanted)
+
+
+def tar(path, files, below):
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for file in files:
+            archive.add(file, file.relative_to(below).as_posix())
+    return path
+
+
+def test_shards_of_the_same_files_agree_with_their_folder(folder, tmp_path):
+    files = list(sorted(folder.glob("*/*.png"))[::-1])
+    shards = [tar(tmp_path / "shards" / f"val-{i:03}.tar", files[i::3], tmp_path) for i in range(3)]
+    (tmp_path / "shards" / "README.md").write_text("no image")
+    listing = tmp_path / "shards.txt"
+    listing.write_text("shards/val-002.tar\nshards/val-000.tar\nshards/val-001.tar\n")
+    expected, _ = read(folder, limit=7)
+    wanted = pixels(folder, limit=7)
+    pattern = tmp_path / "shards" / "val-{000..002}.tar"
+    for source in (pattern, str(pattern), tmp_path / "shards", shards, shards[::-1], listing):
+        found, _ = read(source, limit=7)
+        assert (found.used, found.sha256) == (expected.used, expected.sha256)
+        assert torch.equal(pixels(source, limit=7), wanted)
+
+
+def test_shards_that_number_their_own_files_are_part_of_the_names(folder, tmp_path):
+    for number, kind in enumerate(("cat", "dog")):
+        files = sorted((folder / kind).glob("*.png"))
+        for i, file in enumerate(files):
+            file.rename(file.with_name(f"{i}.png"))
+        files = sorted((folder / kind).glob("*.png"))
+        tar(tmp_path / "shards" / f"{number}.tar", files, folder / kind)
+    found, _ = read(tmp_path / "shards")
+    assert sorted(found.used) == [f"{shard}.tar/{i}.png" for shard in range(2) for i in range(6)]
+
+
+def test_shards_that_cannot_be_read(folder, tmp_path):
+    files = sorted(folder.glob("*/*.png"))
+    good = tar(tmp_path / "shards" / "0.tar", files[:3], folder)
+    with pytest.raises(DataError, match=r"no tar shard '.*/1.tar', which '.*\{0..1\}.tar' names"):
+        images(tmp_path / "shards" / "{0..1}.tar")
+    with pytest.raises(DataError, match="names no tar shards"):
+        images(tmp_path / "shards" / "{1..0}.tar")
+    with pytest.raises(DataError, match=r"lists tars, such as .*, and other files, such as"):
+        images([good, files[0]])
+    with pytest.raises(DataError, match="is listed twice"):
+        images([good, good])
+    damaged = tmp_path / "shards" / "1.tar"
+    damaged.write_bytes(good.read_bytes()[: good.stat().st_size // 2])
+    with pytest.raises(DataError, match=r"cannot read '.*1.tar' as an uncompressed tar"):
+        images([good, damaged])
+    damaged.write_bytes(b"nothing")
+    with pytest.raises(DataError, match=r"'.*1.tar' is no source of images"):
+        images([good, damaged])
 
 
 def test_order_is_a_seeded_permutation_and_a_limit_its_beginning(folder):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vitprobe.data.archives import expand
 from vitprobe.data.labelled import load_labelled
-from vitprobe.data.shards import expand
 from vitprobe.errors import DataError
 
 

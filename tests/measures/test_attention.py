@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models_for_tests import squares, tiny
 
-from vitprobe.capture import Recorder, attention
+from vitprobe.capture import Recorder
 from vitprobe.errors import MeasureError
+from vitprobe.measures import chunks as chunks_module
+from vitprobe.measures import rows
 from vitprobe.measures.attention import (
     AttentionMeasure,
     attention_distance,
@@ -24,6 +26,7 @@ from vitprobe.measures.attention import (
     sink_mass,
     uniform_distance,
 )
+from vitprobe.measures.chunks import add
 from vitprobe.measures.heads import attention_nmi, head_divergence
 from vitprobe.measures.rollout import attention_rollout
 
@@ -431,14 +434,11 @@ def test_a_model_gives_the_same_however_its_attention_arrives(fused, options, mo
     maps_of: dict[int, torch.Tensor] = {}
 
     def run(micro_batches, elements):
-        monkeypatch.setattr(attention, "CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(chunks_module, "CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(rows, "TILE", elements)
         measures = [cls() for cls in STREAMING.values()]
-
-        def add(chunk):
-            for measure in measures:
-                measure.update(chunk)
-
-        with torch.inference_mode(), Recorder(model, on_attention=add) as recorder:
+        recorder = Recorder(model, on_attention=lambda chunk: add(measures, chunk))
+        with torch.inference_mode(), recorder:
             for first, last in micro_batches:
                 recorder.run(x[first:last], first)
         return [measure.compute() for measure in measures]
@@ -446,7 +446,6 @@ def test_a_model_gives_the_same_however_its_attention_arrives(fused, options, mo
     def keep(chunk):
         maps_of[chunk.layer] = chunk.log_p.exp()
 
-    monkeypatch.setattr(attention, "CHUNK_ELEMENTS", 1 << 21)
     with torch.inference_mode(), Recorder(model, on_attention=keep) as recorder:
         recorder.run(x)
     prefix = model.anatomy.prefix_tokens

@@ -153,7 +153,7 @@ def test_images_that_never_reach_the_last_block_are_refused():
 
 def test_pooled_keys_are_refused():
     chunk = next(chunks(maps(prefix=0), 0, (3, 4)))
-    pooled = dataclasses.replace(chunk, log_p=chunk.log_p[..., :4], key_xy=chunk.key_xy[:4])
+    pooled = dataclasses.replace(chunk, logits=chunk.log_p[..., :4], key_xy=chunk.key_xy[:4])
     for name in ("rollout_distance", "rollout_distance_max"):
         with pytest.raises(MeasureError, match=f"{name}: layer 0 has 12 queries and 4 keys"):
             STREAMING[name]().update(pooled)

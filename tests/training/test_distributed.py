@@ -9,7 +9,7 @@ import torch
 from processes_for_tests import together
 from torch import Tensor, nn
 
-from vitprobe.training.distributed import GlobalBatchNorm, gather, mean, rank, world_size
+from vitprobe.distributed import GlobalBatchNorm, gather, mean, rank, world_size
 from vitprobe.training.encoder import EncoderConfig
 from vitprobe.training.methods.base import Batch, Method, Moment
 from vitprobe.training.methods.dino import DINO, DINOConfig

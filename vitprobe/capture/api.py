@@ -31,7 +31,7 @@ from vitprobe.capture.features import (
 from vitprobe.capture.maps import Maps
 from vitprobe.capture.recorder import Recorder
 from vitprobe.capture.storing import Store, storing
-from vitprobe.data.images import View
+from vitprobe.data.blocks import View
 from vitprobe.devices import exact_products, find_device, placed, same_modes
 from vitprobe.errors import CaptureError
 from vitprobe.models import Model, wrap

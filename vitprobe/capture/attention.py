@@ -2,29 +2,28 @@
 
 Which computations of a model are attention, and where their queries and keys lie, its anatomy says:
 one Site each. The calls themselves are seen by a TorchFunctionMode and left alone, so the model's
-output does not change by a bit; measures get a few megabytes of the maps at a time.
+output does not change by a bit. What is handed on is still queries and keys: a map is made only
+where somebody asks for one.
 """
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from typing import Final, Self
+from collections.abc import Callable, Iterable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from vitprobe.errors import CaptureError
 from vitprobe.measures.attention import AttentionChunk
+from vitprobe.measures.rows import Logits, Products
 from vitprobe.models import Model
 from vitprobe.models.anatomy import Site
 from vitprobe.models.calls import AttentionCall, AttentionCalls
 
 OnAttention = Callable[[AttentionChunk], None]
-
-CHUNK_ELEMENTS: Final = 1 << 21
-"""Most attention weights in one chunk (8 MB in single precision)."""
 
 
 class AttentionWatch(AttentionCalls):
@@ -61,7 +60,7 @@ class AttentionWatch(AttentionCalls):
 
 
 class AttentionTap(AttentionWatch):
-    """Hands on the post-softmax attention of the layers of a model, in chunks.
+    """Hands on the post-softmax attention of the layers of a model, a chunk a window.
 
     It stays active over several forward passes too.
 
@@ -95,35 +94,20 @@ class AttentionTap(AttentionWatch):
         call = call.split((math.prod(call.lead) // maps, *(size for _, size in axes)))
         grad = torch.is_grad_enabled() and self._gradients
         with torch.set_grad_enabled(grad), torch.autocast(call.device.type, enabled=False):
-            for images, window, rows in _chunks(call.shape[0], site):
-                self._on_attention(self._chunk(layer, site, call, images, window, rows))
+            for window in range(site.windows):
+                self._on_attention(self._chunk(layer, site, call, window))
 
-    def _chunk(
-        self, layer: int, site: Site, call: AttentionCall, images: slice, window: int, rows: slice
-    ) -> AttentionChunk:
-        queries: slice | Tensor = rows
-        if site.query_order is not None:
-            queries = site.query_order[rows].to(call.device)
-        logits = call.logits((images, *_window(site, window)), queries)
-        logits = logits.reshape(len(logits), site.heads, *logits.shape[-2:])
-        if site.key_order is not None:
-            logits = logits[..., site.key_order.to(call.device)]
-        log_p = torch.log_softmax(logits, dim=-1)
-        # Where every key is masked there is no attention, and softmax would make nan of it.
-        log_p = log_p.masked_fill(logits.amax(-1, keepdim=True) == -torch.inf, -torch.inf)
-        prefix = min(max(0, site.query_prefix - rows.start), rows.stop - rows.start)
-        patches = slice(
-            max(0, rows.start - site.query_prefix), max(0, rows.stop - site.query_prefix)
-        )
+    def _chunk(self, layer: int, site: Site, call: AttentionCall, window: int) -> AttentionChunk:
+        logits = _logits(site, call, window)
         return AttentionChunk(
-            log_p=log_p,
-            query_prefix=prefix,
+            logits=logits if self._gradients else logits.detach(),
+            query_prefix=site.query_prefix,
             key_prefix=site.key_prefix,
-            query_xy=None if site.query_xy is None else site.query_xy[window, patches],
+            query_xy=None if site.query_xy is None else site.query_xy[window],
             key_xy=None if site.key_xy is None else site.key_xy[window],
             layer=layer,
-            first_image=self.first_image + images.start,
-            first_query=window * site.queries + rows.start,
+            first_image=self.first_image,
+            first_query=window * site.queries,
             queries=site.windows * site.queries,
             class_token=self._model.anatomy.class_token,
             whole=site.whole,
@@ -140,6 +124,31 @@ class AttentionTap(AttentionWatch):
         return self
 
 
+def _logits(site: Site, call: AttentionCall, window: int) -> Logits:
+    """(images, heads, queries, keys) of one window, prefix tokens first."""
+    index = (slice(None), *_window(site, window))
+
+    def read(tensor: Tensor, *orders: tuple[int, Tensor | None]) -> Tensor:
+        tensor = tensor[index]
+        tensor = tensor.reshape(len(tensor), site.heads, *tensor.shape[-2:])
+        for axis, order in orders:
+            if order is not None:
+                tensor = tensor.index_select(axis, order.to(tensor.device))
+        return tensor
+
+    queries, keys = (-2, site.query_order), (-1, site.key_order)
+    if call.given is not None:
+        return read(call.given, queries, keys).to(
+            torch.promote_types(call.given.dtype, torch.float32)
+        )
+    if call.query is None or call.key is None:
+        raise ValueError("an AttentionCall has queries and keys, or what a softmax is given")
+    mask = None if call.mask is None else read(call.mask, queries, keys)
+    return Products(
+        read(call.query, queries), read(call.key, (-2, site.key_order)), call.scale, mask
+    )
+
+
 def _window(site: Site, window: int) -> tuple[int | slice, ...]:
     """The index of one window among the axes between images and queries, heads whole."""
     index: list[int | slice] = []
@@ -150,20 +159,3 @@ def _window(site: Site, window: int) -> tuple[int | slice, ...]:
             window, place = divmod(window, size)
             index.append(place)
     return tuple(reversed(index))
-
-
-def _chunks(images: int, site: Site) -> Iterator[tuple[slice, int, slice]]:
-    """Images, window and queries of small parts that cover a layer, in order."""
-    row = site.heads * site.keys
-    per_chunk = max(1, CHUNK_ELEMENTS // (row * site.queries))
-    rows = site.queries
-    if per_chunk == 1:
-        rows = max(1, min(rows, CHUNK_ELEMENTS // row))
-    for image in range(0, images, per_chunk):
-        for window in range(site.windows):
-            for first in range(0, site.queries, rows):
-                yield (
-                    slice(image, min(image + per_chunk, images)),
-                    window,
-                    slice(first, min(first + rows, site.queries)),
-                )

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitprobe.data.images import View, images, resize
+from vitprobe.data.blocks import View, resize
+from vitprobe.data.images import images
 from vitprobe.errors import DataError
 
 Batches = Iterator[tuple[Sequence[str], Tensor]]

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from vitprobe.errors import CaptureError
 from vitprobe.models import Anatomy, Model
 from vitprobe.models.anatomy import Layout
+from vitprobe.models.model import Subject
 from vitprobe.models.trace import tensors
 
 Convention = Literal["normed", "residual"]
@@ -22,7 +23,7 @@ def feature_layers(anatomy: Anatomy) -> range:
     return range(len(anatomy.blocks) + 1)
 
 
-def convention_of(model: Model, asked: Convention) -> Convention:
+def convention_of(model: Subject, asked: Convention) -> Convention:
     """The convention a model's layers follow: the one asked for, where the model has it.
 
     A model without a norm before its attention has residual layers only.
@@ -35,7 +36,7 @@ def convention_of(model: Model, asked: Convention) -> Convention:
     return asked if model.anatomy.normed else "residual"
 
 
-def feature_layouts(model: Model, convention: Convention) -> tuple[Layout, ...]:
+def feature_layouts(model: Subject, convention: Convention) -> tuple[Layout, ...]:
     """How the tokens of the layers 0 … L lie, which `hook_features` hands on.
 
     Raises:

@@ -27,6 +27,10 @@ class Maps:
 
     def add(self, chunk: AttentionChunk) -> None:
         """Take a chunk; those of one computation come one after the other."""
+        for part in chunk.parts():
+            self._add(part)
+
+    def _add(self, chunk: AttentionChunk) -> None:
         place = (chunk.first_image, chunk.first_query)
         if chunk.layer != self._layer or place in self._parts:
             self.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tarfile
 import zipfile
 import zlib
@@ -18,6 +19,7 @@ from vitprobe.errors import DataError
 
 _LOCAL_HEADER = 30  # bytes of a zip member before its name
 _NO_SUM = -1
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 class Member(NamedTuple):
@@ -129,3 +131,23 @@ def list_tars(paths: Sequence[Path]) -> list[list[Member]]:
     """The files of each of many tar archives, several read at a time as most of it is waiting."""
     with ThreadPoolExecutor(8) as pool:
         return [members for members, _ in pool.map(list_tar, paths)]
+
+
+def is_pattern(source: str) -> bool:
+    """Whether it has braces as in `shards-{0000..0099}.tar`."""
+    return _BRACES.search(source) is not None
+
+
+def expand(pattern: str) -> list[Path]:
+    """`shards-{0000..0099}.tar` → its hundred paths; several braces give every combination."""
+    match = _BRACES.search(pattern)
+    if match is None:
+        return [Path(pattern)]
+    first, last = match.groups()
+    return [
+        path
+        for number in range(int(first), int(last) + 1)
+        for path in expand(
+            f"{pattern[: match.start()]}{number:0{len(first)}}{pattern[match.end() :]}"
+        )
+    ]

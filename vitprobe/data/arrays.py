@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vitprobe.data.images import LUMINANCE
+from vitprobe.data.blocks import LUMINANCE
 from vitprobe.data.parts import Arrays, Labels, Part, Split, numbered_classes
 from vitprobe.errors import DataError
 

@@ -8,61 +8,35 @@ similarity over blocks would be biased.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
+import posixpath
 import tarfile
 import threading
 import weakref
 import zipfile
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from vitprobe.data.archives import expand, is_pattern, list_tars, read_members
+from vitprobe.data.blocks import Block, Blocks, Listing, Read, Source, View
+from vitprobe.distributed import ALONE, Team
 from vitprobe.errors import DataError
 
 EXTENSIONS: Final = frozenset(
     {".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff"}
     | {".webp"}
 )
-MINIMUM_TAIL: Final = 32
-"""A last block of fewer images than this joins the block before it."""
-
-LUMINANCE: Final = (0.299, 0.587, 0.114)  # ITU-R BT.601
-
-
-Read = Callable[[], tuple[bytes, Image.Image | Tensor]]
-"""Reads one image: its bytes and what they decode to."""
-
-
-class View(NamedTuple):
-    """What a model is given of an image: its input's channels and size."""
-
-    channels: int
-    height: int
-    width: int
-
-
-@dataclass(frozen=True)
-class Block:
-    """Some images, decoded, for one step of a comparison."""
-
-    first: int
-    """Index of the first image in the whole run."""
-    names: tuple[str, ...]
-    views: dict[View, Tensor]
-    """(images, channels, height, width) float32 in [0, 1]."""
 
 
 @dataclass
@@ -75,22 +49,35 @@ class Images:
     source: str
     names: Sequence[str] | None
     """Names in processing order, or None where the source keeps its own order."""
-    _open: Callable[[], Iterator[tuple[str, Read]]]
+    _open: Callable[[], Source]
     limit: int | None = None
     seed: int | None = None
     """Of the permutation; None where the source keeps its own order."""
-    undecodable: list[str] = field(default_factory=list)
-    used: list[str] = field(default_factory=list)
-    _digest: Any = field(default_factory=hashlib.sha256)
+    _listing: Listing = field(default_factory=Listing)
 
     def __repr__(self) -> str:
         known = "" if self.names is None else f", {len(self)} images"
         return f"Images('{self.source}'{known})"
 
     @property
+    def used(self) -> list[str]:
+        """Names of the images used so far, in order."""
+        return self._listing.names
+
+    @property
+    def digests(self) -> list[bytes]:
+        """SHA-256 of the contents of each image used so far."""
+        return self._listing.digests
+
+    @property
+    def undecodable(self) -> list[str]:
+        """Names of the images so far that cannot be decoded."""
+        return self._listing.undecodable
+
+    @property
     def sha256(self) -> str:
         """Hash over the names and contents of the images used so far, in order."""
-        return self._digest.hexdigest()
+        return self._listing.sha256
 
     def __len__(self) -> int:
         """How many images a pass will give at most.
@@ -102,7 +89,15 @@ class Images:
             raise TypeError("the length of this source is not known in advance")
         return len(self.names) if self.limit is None else min(self.limit, len(self.names))
 
-    def blocks(self, views: Iterable[View], size: int, *, workers: int = 2) -> Iterator[Block]:
+    def blocks(
+        self,
+        views: Iterable[View],
+        size: int,
+        *,
+        workers: int = 2,
+        done: Sequence[tuple[str, bytes]] = (),
+        team: Team = ALONE,
+    ) -> Iterator[Block]:
         """The images in blocks of `size`, a short tail joined to the block before it.
 
         An image that cannot be decoded is named in `undecodable` and the next of the permutation
@@ -112,86 +107,60 @@ class Images:
             views: the inputs wanted of each image.
             size: images in a block.
             workers: threads that decode ahead.
+            done: name and digest of the images of whole blocks that an earlier pass has given;
+                they are not decoded again, and this pass goes on behind them.
+            team: the processes that share the blocks: this one is given its own only, while
+                `used`, `undecodable` and `sha256` are of all.
 
         Raises:
-            DataError: no image could be decoded, or arrays hold something else than images.
+            DataError: no image could be decoded, or arrays hold something else than images; `done`
+                is not how these images begin; the processes of a team find different images.
         """
-        self.undecodable, self.used, self._digest = [], [], hashlib.sha256()
+        self._check_shared(team)
+        self._listing = self._begun(done)
+        length = None if self.names is None else len(self.names)
         wanted = list(dict.fromkeys(views))
-        # A block is whole when enough follow it that what follows can stand alone. Images go
-        # straight to their place in it: one large tensor a view, and none to be stacked.
-        tail = min(size, MINIMUM_TAIL)
-        most = size + tail if self.names is None else min(size + tail, len(self))
-        held = _room(wanted, most)
-        count = first = 0
-        # A block ahead: the next one is decoded while the models run on this one.
-        for tensors in self._decoded(wanted, workers, most_ahead=most):
-            for view, tensor in tensors.items():
-                held[view][count] = tensor
-            count += 1
-            if count == size + tail:
-                whole, held = held, _room(wanted, most)
-                for view, tensor in held.items():
-                    tensor[:tail] = whole[view][size:]
-                yield self._block(first, size, whole)
-                first, count = first + size, tail
+        listing = self._listing
+        found = Blocks(self._open(), listing, wanted, size, length, self.limit, team)
+        yield from found.read(max(1, workers))
         if not self.used:
             what = f", such as '{self.undecodable[0]}'" if self.undecodable else ""
             raise DataError(f"none of the images in '{self.source}' can be decoded{what}")
-        yield self._block(first, count, held)
 
-    def _block(self, first: int, count: int, held: dict[View, Tensor]) -> Block:
-        names = tuple(self.used[first : first + count])
-        return Block(first, names, {view: tensor[:count] for view, tensor in held.items()})
+    def _check_shared(self, team: Team) -> None:
+        names = None if self.names is None else sha256("\0".join(self.names).encode()).digest()
+        of_all = team.exchange((names, self.limit))
+        other = next((i for i, given in enumerate(of_all) if given != of_all[0]), None)
+        if other is not None:
+            raise DataError(
+                f"process {other} of this run is given other images than process 0, in "
+                f"'{self.source}'; give all of them the same"
+            )
 
-    def _decoded(
-        self, views: list[View], workers: int, most_ahead: int
-    ) -> Iterator[dict[View, Tensor]]:
-        def decode(read: Read) -> tuple[bytes, dict[View, Tensor]] | None:
-            try:
-                content, image = read()
-                square = _square(image)
-            except MemoryError:
-                raise
-            except Exception:
-                # Pillow and the archive modules raise whatever damaged bytes lead them to.
-                return None
-            return hashlib.sha256(content).digest(), {view: resize(square, view) for view in views}
-
-        with ExitStack() as stack:
-            pool = stack.enter_context(ThreadPoolExecutor(max(1, workers)))
-            stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-            ahead: deque[tuple[str, Future[Any]]] = deque()
-            items = self._open()
-            exhausted = False
-            while self.limit is None or len(self.used) < self.limit:
-                while not exhausted and len(ahead) < most_ahead:
-                    try:
-                        name, read = next(items)
-                    except StopIteration:
-                        exhausted = True
-                    else:
-                        ahead.append((name, pool.submit(decode, read)))
-                if not ahead:
-                    return
-                name, future = ahead.popleft()
-                result = future.result()
-                if result is None:
-                    self.undecodable.append(name)
-                    continue
-                digest, tensors = result
-                self._digest.update(name.encode() + b"\0" + digest)
-                self.used.append(name)
-                yield tensors
+    def _begun(self, done: Sequence[tuple[str, bytes]]) -> Listing:
+        """What is known after the images of an earlier pass."""
+        listing = Listing()
+        for name, digest in done:
+            if self.names is not None:
+                while listing.position < len(self.names) and self.names[listing.position] != name:
+                    listing.add(self.names[listing.position], None)
+            if self.names is not None and listing.position == len(self.names):
+                raise DataError(
+                    f"'{name}', which an earlier pass has used, is not where it was in "
+                    f"'{self.source}'; start again without what that pass has left"
+                )
+            listing.add(name, digest)
+        return listing
 
 
 def images(source: Any, *, limit: int | None = None, seed: int | None = None) -> Images:
     """Images to compare models on.
 
     Args:
-        source: a folder, a zip or tar archive, a text file that lists image files, one image file,
-            a sequence of image files, an array or tensor (n, channels, height, width) of squares in
-            [0, 1], a DataLoader of such batches, or the result of this function.
+        source: a folder, a zip or tar archive, tar shards (`val-{000..007}.tar`, a folder of tars
+            or a sequence of them), a text file that lists image files, one image file, a sequence
+            of image files, an array or tensor (n, channels, height, width) of squares in [0, 1], a
+            DataLoader of such batches, or the result of this function.
         limit: take the first so many of the permutation.
         seed: of the permutation, 0 unless given. A DataLoader keeps its own order.
 
@@ -231,53 +200,6 @@ def images(source: Any, *, limit: int | None = None, seed: int | None = None) ->
     )
 
 
-def resize(square: Tensor, view: View) -> Tensor:
-    """A square image as a model wants it: (c, s, s) in [0, 1] → (channels, height, width).
-
-    Bicubic with antialiasing, on floats; grey is repeated for three channels, and colour becomes
-    ITU-R BT.601 luminance for one.
-    """
-    if square.shape[0] == 3 and view.channels == 1:
-        square = (square * square.new_tensor(LUMINANCE)[:, None, None]).sum(0, keepdim=True)
-    elif square.shape[0] == 1 and view.channels == 3:
-        square = square.expand(3, -1, -1)
-    elif square.shape[0] != view.channels:
-        raise DataError(
-            f"images of {square.shape[0]} channels cannot be given to a model of {view.channels}"
-        )
-    if square.shape[1:] == (view.height, view.width):
-        return square.contiguous()
-    resized = F.interpolate(
-        square[None], (view.height, view.width), mode="bicubic", antialias=True, align_corners=False
-    )
-    return resized[0].clamp(0, 1)
-
-
-def _square(image: Image.Image | Tensor) -> Tensor:
-    """The centre square as floats in [0, 1]: (1 or 3, side, side).
-
-    Of the pixels as stored: an EXIF orientation is not applied, as in common evaluation code.
-    """
-    if isinstance(image, Tensor):
-        return image
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
-    if image.mode.startswith(("I", "F")):
-        values = torch.from_numpy(np.asarray(image, dtype=np.float32).copy())
-        values = values / 65535 if image.mode.startswith("I") else values
-        if not (values.min() >= 0 and values.max() <= 1):
-            raise ValueError("grey values beyond what 16 bits or floats in [0, 1] can hold")
-        return values[None]
-    pixels = np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
-    tensor = torch.from_numpy(pixels.copy()).float() / 255
-    return tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1).contiguous()
-
-
-def _room(views: list[View], count: int) -> dict[View, Tensor]:
-    return {view: torch.empty(count, *view) for view in views}
-
-
 def _permuted(count: int, seed: int) -> list[int]:
     return np.random.default_rng(seed).permutation(count).tolist()
 
@@ -295,12 +217,17 @@ def _read_tensor(image: Tensor) -> tuple[bytes, Tensor]:
 
 def _from_path(path: Path, limit: int | None, seed: int) -> Images:
     if not path.exists():
+        if is_pattern(str(path)):
+            return _from_tars(str(path), expand(str(path)), limit, seed)
         raise DataError(f"no images at '{path}': there is no such file or folder")
     if not path.is_file() and not path.is_dir():
         raise DataError(f"no images at '{path}': it is neither a file nor a folder")
     try:
         if path.is_dir():
             files = _walk(path)
+            tars = sorted(path / file for file in files if _is_tar(file))
+            if tars and not any(map(_is_image, files)):
+                return _from_tars(str(path), tars, limit, seed)
             return _from_files(str(path), files, lambda f: (path / f).read_bytes(), limit, seed)
         if zipfile.is_zipfile(path):
             return _from_zip(path, limit, seed)
@@ -308,7 +235,7 @@ def _from_path(path: Path, limit: int | None, seed: int) -> Images:
             return _from_list([path], str(path), limit, seed)
         if path.suffix.lower() in (".txt", ".lst", ".list"):
             return _from_list(_listed_files(path), str(path), limit, seed)
-        return _from_tar(path, limit, seed)
+        return _from_tars(str(path), [path], limit, seed)
     except (OSError, zipfile.BadZipFile, tarfile.TarError) as error:
         raise DataError(f"cannot read images from '{path}': {error}") from error
 
@@ -345,24 +272,34 @@ def _from_zip(path: Path, limit: int | None, seed: int) -> Images:
     return found
 
 
-def _from_tar(path: Path, limit: int | None, seed: int) -> Images:
-    with ExitStack() as stack:
+def _from_tars(source: str, paths: Sequence[Path], limit: int | None, seed: int) -> Images:
+    if not paths:
+        raise DataError(f"'{source}' names no tar shards")
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"no tar shard '{path}', which '{source}' names")
         try:
-            tar = stack.enter_context(tarfile.open(path, "r:"))
+            tarfile.open(path, "r:").close()
         except tarfile.ReadError:
             raise DataError(
-                f"'{path}' is no source of images: give a folder, a zip, an uncompressed tar, an "
+                f"'{path}' is no source of images: give a folder, a zip, uncompressed tars, an "
                 "image, or a .txt file that lists images"
             ) from None
-        files = [member.name for member in tar.getmembers() if member.isfile()]
-
-        def extract(name: str) -> bytes:
-            member = tar.extractfile(name)
-            return member.read() if member is not None else b""
-
-        found = _from_files(str(path), files, _locked(extract), limit, seed)
-        weakref.finalize(found, stack.pop_all().close)
-    return found
+    listed = list_tars(paths)
+    names = [posixpath.normpath(member.name) for members in listed for member in members]
+    # Sharding cuts a data set's files into pieces and leaves their names alone; where each shard
+    # numbers its own, the shard is part of the name.
+    if len(set(names)) < len(names):
+        shards = _below_their_folder(source, paths)
+        names = [
+            f"{shard}/{posixpath.normpath(member.name)}"
+            for shard, members in zip(shards, listed, strict=True)
+            for member in members
+        ]
+    places = [(number, member) for number, members in enumerate(listed) for member in members]
+    read = read_members(paths, places)
+    index = {name: i for i, name in enumerate(names)}
+    return _from_files(source, names, lambda name: read(index[name]), limit, seed)
 
 
 def _listed_files(path: Path) -> list[Path]:
@@ -374,21 +311,45 @@ def _listed_files(path: Path) -> list[Path]:
 
 
 def _from_list(paths: list[Path], source: str, limit: int | None, seed: int) -> Images:
+    tars = [path for path in paths if _is_tar(path.name)]
+    if tars and len(tars) < len(paths):
+        other = next(path for path in paths if path not in tars)
+        raise DataError(
+            f"'{source}' lists tars, such as '{tars[0]}', and other files, such as '{other}'; list "
+            "either"
+        )
+    missing = next((path for path in paths if not path.is_file()), None)
+    if missing is not None:
+        raise DataError(f"no image file '{os.path.abspath(missing)}', which '{source}' lists")
+    files = _below_their_folder(source, paths)
+    if tars:
+        return _from_tars(source, paths, limit, seed)
+    by_file = dict(zip(files, paths, strict=True))
+    return _ordered(source, files, lambda file: by_file[file].read_bytes(), limit, seed)
+
+
+def _below_their_folder(source: str, paths: Sequence[Path]) -> list[str]:
+    """Paths relative to the folder that all of them lie in.
+
+    Raises:
+        DataError: a path that is given twice.
+    """
     absolute = [Path(os.path.abspath(path)) for path in paths]
     if len(set(absolute)) < len(absolute):
         twice = next(path for path in absolute if absolute.count(path) > 1)
         raise DataError(f"'{twice}' is listed twice in '{source}'; each image counts once")
-    missing = next((path for path in absolute if not path.is_file()), None)
-    if missing is not None:
-        raise DataError(f"no image file '{missing}', which '{source}' lists")
     root = Path(os.path.commonpath([path.parent for path in absolute])) if absolute else Path()
-    files = [path.relative_to(root).as_posix() for path in absolute]
-    return _ordered(source, files, lambda file: (root / file).read_bytes(), limit, seed)
+    return [path.relative_to(root).as_posix() for path in absolute]
 
 
 def _shown(name: str) -> str:
     """A file's name as UTF-8 that can be stored and printed, whatever bytes it is made of."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _is_tar(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.suffix.lower() == ".tar" and not path.name.startswith(".")
 
 
 def _is_image(name: str) -> bool:
@@ -433,36 +394,47 @@ def _ordered(
     ordered = sorted(by_name)
     names = [ordered[i] for i in _permuted(len(ordered), seed)]
 
-    def items() -> Iterator[tuple[str, Read]]:
-        for name in names:
-            yield name, partial(_read_file, read, by_name[name])
+    def at(position: int) -> tuple[str, Read] | None:
+        if position >= len(names):
+            return None
+        return names[position], partial(_read_file, read, by_name[names[position]])
 
-    return Images(source, names, items, limit, seed)
+    return Images(source, names, lambda: at, limit, seed)
 
 
 def _from_array(array: np.ndarray | Tensor, limit: int | None, seed: int) -> Images:
     tensor = _checked_batch(torch.as_tensor(array), "array")
     order = _permuted(len(tensor), seed)
 
-    def items() -> Iterator[tuple[str, Read]]:
-        for i in order:
-            yield str(i), partial(_read_tensor, tensor[i])
+    def at(position: int) -> tuple[str, Read] | None:
+        if position >= len(order):
+            return None
+        return str(order[position]), partial(_read_tensor, tensor[order[position]])
 
-    return Images("array", [str(i) for i in order], items, limit, seed)
+    return Images("array", [str(i) for i in order], lambda: at, limit, seed)
 
 
 def _from_loader(loader: Iterable[Any], limit: int | None) -> Images:
-    def items() -> Iterator[tuple[str, Read]]:
-        count = 0
+    def squares() -> Iterator[tuple[int, Tensor]]:
         with torch.random.fork_rng(devices=[]):  # an iterator draws its seed from the global one
             batches = iter(loader)
+        position = 0
         for batch in batches:
             batch = batch[0] if isinstance(batch, (tuple, list)) else batch
             for image in _checked_batch(batch, "DataLoader"):
-                yield str(count), partial(_read_tensor, image)
-                count += 1
+                yield position, image
+                position += 1
 
-    return Images("DataLoader", None, items, limit, None)
+    def opened() -> Source:
+        images = squares()
+
+        def at(position: int) -> tuple[str, Read] | None:
+            image = next((image for number, image in images if number == position), None)
+            return None if image is None else (str(position), partial(_read_tensor, image))
+
+        return at
+
+    return Images("DataLoader", None, opened, limit, None)
 
 
 def _checked_batch(batch: Any, source: str) -> Tensor:

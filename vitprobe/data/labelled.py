@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from vitprobe.data.archives import list_tar, list_zip
+from vitprobe.data.archives import expand, is_pattern, list_tar, list_zip
 from vitprobe.data.arrays import arrays, load_npz, with_channels
 from vitprobe.data.cifar import cifar_kind, load_cifar
 from vitprobe.data.folders import load_archive, load_folder
@@ -26,7 +26,7 @@ from vitprobe.data.parts import (
     check_same_classes,
     numbered_classes,
 )
-from vitprobe.data.shards import expand, is_pattern, is_shard, load_shards
+from vitprobe.data.shards import is_shard, load_shards
 from vitprobe.errors import DataError, suggest
 
 __all__ = ["Arrays", "Files", "Labelled", "load_labelled"]

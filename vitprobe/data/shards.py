@@ -18,28 +18,6 @@ from vitprobe.data.folders import HELD_OUT, is_hidden, is_image
 from vitprobe.data.parts import Files, Labels, Names, Split, numbered_classes
 from vitprobe.errors import DataError
 
-_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
-
-
-def is_pattern(source: str) -> bool:
-    """Whether it has braces as in `shards-{0000..0099}.tar`."""
-    return _BRACES.search(source) is not None
-
-
-def expand(pattern: str) -> list[Path]:
-    """`shards-{0000..0099}.tar` → its hundred paths; several braces give every combination."""
-    match = _BRACES.search(pattern)
-    if match is None:
-        return [Path(pattern)]
-    first, last = match.groups()
-    return [
-        path
-        for number in range(int(first), int(last) + 1)
-        for path in expand(
-            f"{pattern[: match.start()]}{number:0{len(first)}}{pattern[match.end() :]}"
-        )
-    ]
-
 
 def load_shards(source: str, paths: Sequence[Path]) -> Split:
     """The samples of all shards, in order.

@@ -212,9 +212,12 @@ class AttentionDistance(RowMeasure):
 
     asks = "places"
     relative = True
+    mapless = True
 
     def rows(self, chunk: AttentionChunk) -> Tensor:
-        return expected_distance(chunk.renormalized, chunk.distance)
+        if chunk.rows.distance is None:
+            raise chunk.unplaced
+        return chunk.rows.distance[..., chunk.query_prefix :]
 
 
 class RawAttentionDistance(RowMeasure):
@@ -345,9 +348,10 @@ class SinkMass(RowMeasure):
     )
 
     asks = "patches"
+    mapless = True
 
     def rows(self, chunk: AttentionChunk) -> Tensor:
-        return chunk.log_p[..., chunk.query_prefix :, : chunk.key_prefix].exp().sum(-1)
+        return chunk.rows.sink[..., chunk.query_prefix :]
 
 
 ATTENTION_MEASURES: Sequence[type[AttentionMeasure]] = (

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Final, Literal, NamedTuple, Self
 
@@ -15,6 +16,8 @@ from vitprobe.errors import MeasureError
 from vitprobe.measures.arrays import Array, to_tensor
 from vitprobe.measures.base import Info, Invariance, Measure
 from vitprobe.measures.by_image import ByImage
+from vitprobe.measures.fused import Rows
+from vitprobe.measures.rows import Logits, Products, distances, part_of, row_statistics
 
 NOT_MOVED: Final[tuple[Invariance, ...]] = ("order of images",)
 """Invariances of what depends on where patches lie."""
@@ -25,15 +28,21 @@ ONLY_PATCHES: Final = (
 )
 
 
-@dataclass(frozen=True)
+CHUNK_ELEMENTS: Final = 1 << 21
+"""Most attention weights in a part of a chunk (8 MB in single precision)."""
+
+
+@dataclass(frozen=True, eq=False)
 class AttentionChunk:
     """Some query rows of one layer's attention, for some images, as capture hands them on.
 
-    Queries and keys are in token order, prefix tokens first.
+    Queries and keys are in token order, prefix tokens first. Nothing of it is computed before it is
+    asked for, and what is computed stays as long as the chunk does: what wants whole maps should
+    take them of one part (`parts`) after another.
     """
 
-    log_p: Tensor
-    """(images, heads, queries, keys), natural logarithm of post-softmax attention."""
+    logits: Logits
+    """(images, heads, queries, keys), what the softmax is given, or log-attention itself."""
     query_prefix: int
     """How many leading queries of this chunk are prefix tokens."""
     key_prefix: int
@@ -56,10 +65,67 @@ class AttentionChunk:
     whole: bool = True
     """Whether the layer is one map of all patches that attend to all patches."""
 
+    @property
+    def shape(self) -> torch.Size:
+        """(images, heads, queries, keys)."""
+        return self.logits.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is computed."""
+        return self.logits.device
+
+    @cached_property
+    def log_p(self) -> Tensor:
+        """(images, heads, queries, keys), natural logarithm of post-softmax attention."""
+        logits = self.logits.logits() if isinstance(self.logits, Products) else self.logits
+        log_p = torch.log_softmax(logits, dim=-1)
+        if isinstance(self.logits, Products) and self.logits.mask is None:
+            return log_p
+        # Where every key is masked there is no attention, and softmax would make nan of it.
+        return log_p.masked_fill(logits.amax(-1, keepdim=True) == -torch.inf, -torch.inf)
+
     @cached_property
     def has_nan(self) -> bool:
         """Whether the attention itself holds nan, which no undefined row is."""
         return bool(self.log_p.sum().isnan())
+
+    @cached_property
+    def rows(self) -> Rows:
+        """Entropy, distance and sink mass of every row, prefix queries' too, without a map."""
+        return row_statistics(
+            self.logits,
+            query_prefix=self.query_prefix,
+            key_prefix=self.key_prefix,
+            query_xy=self.query_xy,
+            key_xy=self.key_xy,
+        )
+
+    def part(self, images: slice, queries: slice) -> AttentionChunk:
+        """Some queries of some images; slices with a start and a stop."""
+        prefix = self.query_prefix
+        patches = slice(max(0, queries.start - prefix), max(0, queries.stop - prefix))
+        return replace(
+            self,
+            logits=part_of(self.logits, images, queries),
+            query_prefix=min(max(0, prefix - queries.start), queries.stop - queries.start),
+            query_xy=None if self.query_xy is None else self.query_xy[patches],
+            first_image=self.first_image + images.start,
+            first_query=self.first_query + queries.start,
+            queries=self.shape[2] if self.queries is None else self.queries,
+        )
+
+    def parts(self) -> Iterator[AttentionChunk]:
+        """The chunk in parts of at most `CHUNK_ELEMENTS` weights (or one row), in order."""
+        images, heads, queries, keys = self.shape
+        row = heads * keys
+        step = max(1, min(images, CHUNK_ELEMENTS // (row * queries)))
+        height = queries if step > 1 else max(1, min(queries, CHUNK_ELEMENTS // row))
+        for image in range(0, images, step):
+            for top in range(0, queries, height):
+                yield self.part(
+                    slice(image, min(image + step, images)), slice(top, min(top + height, queries))
+                )
 
     @cached_property
     def patch_log_p(self) -> Tensor:
@@ -83,16 +149,21 @@ class AttentionChunk:
         Raises MeasureError where it is not known where they lie.
         """
         if self.query_xy is None or self.key_xy is None:
-            raise MeasureError(
-                f"where the queries and keys of attention layer {self.layer} lie is not known, so "
-                "they have no distance"
-            )
-        return pairwise_distance(self.query_xy, self.key_xy)
+            raise self.unplaced
+        return distances(self.query_xy, self.key_xy, torch.float64, torch.device("cpu"))
+
+    @property
+    def unplaced(self) -> MeasureError:
+        """What to raise where it is not known where queries and keys lie."""
+        return MeasureError(
+            f"where the queries and keys of attention layer {self.layer} lie is not known, so they "
+            "have no distance"
+        )
 
     @property
     def of_class_token(self) -> bool:
         """Whether the layer's only query is a class token, which is among the keys alone."""
-        queries = self.log_p.shape[2] if self.queries is None else self.queries
+        queries = self.shape[2] if self.queries is None else self.queries
         return queries == 1 and self.query_prefix == 0 < self.key_prefix and self.query_xy is None
 
     @cached_property
@@ -209,7 +280,8 @@ class PerImage(NamedTuple):
 
 Needs = Literal["rows", "heads", "map"]
 Asks = Literal["rows", "patches", "places", "class"]
-_SUMS = np.dtype([("total", np.float32), ("defined", np.int32), ("undefined", np.int32)])
+SUMS: Final = np.dtype([("total", np.float32), ("defined", np.int32), ("undefined", np.int32)])
+"""What is kept of an image and head."""
 
 
 class AttentionMeasure(Measure):
@@ -231,9 +303,11 @@ class AttentionMeasure(Measure):
     """Whether the value under uniform attention is a unit."""
     per_block: ClassVar[bool] = False
     """One number a block, its heads fused: arrays are (images, 1)."""
+    mapless: ClassVar[bool] = False
+    """Whether it takes no more of a chunk than `rows`, so that no map is ever made for it."""
 
     def __init__(self) -> None:
-        self._sums = ByImage(self.info.name, _SUMS)
+        self._sums = ByImage(self.info.name, SUMS)
 
     @classmethod
     def uniform(cls, chunk: AttentionChunk) -> float | None:
@@ -251,7 +325,7 @@ class AttentionMeasure(Measure):
             MeasureError: the attention itself holds nan, which is no undefined row; or it comes
                 otherwise than `needs` says.
         """
-        if chunk.has_nan:
+        if not self.mapless and chunk.has_nan:
             raise MeasureError(f"attention is NaN in layer {chunk.layer}")
         self._add(chunk)
 
@@ -266,6 +340,18 @@ class AttentionMeasure(Measure):
             MeasureError: an image that both have seen, or one of which only a part has come.
         """
         self._sums.merge(other._sums)
+
+    def kept(self) -> dict[int, np.ndarray]:
+        """layer -> (images, heads) sums, fields total, defined and undefined, for `put`."""
+        return self._sums.layers()
+
+    def put(self, layer: int, first_image: int, sums: np.ndarray) -> None:
+        """Add images `first_image` … as another instance kept them.
+
+        Raises:
+            MeasureError: an image that has come before.
+        """
+        self._sums.put(layer, first_image, sums)
 
     def compute(self) -> dict[int, PerImage]:
         """Per-image numbers of every layer, images in order of the run.
@@ -287,10 +373,45 @@ class AttentionMeasure(Measure):
         }
 
 
+def add(measures: Iterable[AttentionMeasure], chunk: AttentionChunk) -> None:
+    """Add a chunk to measures: as it is to those that need no map, in small parts to the others.
+
+    Raises:
+        MeasureError: as `AttentionMeasure.update`.
+    """
+    measures = list(measures)
+    for measure in measures:
+        if measure.mapless:
+            measure.update(chunk)
+    others = [measure for measure in measures if not measure.mapless]
+    if others:
+        for part in chunk.parts():
+            for measure in others:
+                measure.update(part)
+
+
+class _Waiting(NamedTuple):
+    """Sums of some images of a layer on their device."""
+
+    layer: int
+    first_image: int
+    sums: Tensor
+    """(total, undefined rows, damaged; images, heads)."""
+    rows: int
+
+
 class RowMeasure(AttentionMeasure):
-    """A mean over query rows."""
+    """A mean over query rows.
+
+    What a device other than the CPU computes is fetched from it only when it is asked for: waiting
+    for it after every layer would leave the device without work.
+    """
 
     needs: ClassVar[Needs] = "rows"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._waiting: list[_Waiting] = []
 
     @abstractmethod
     def rows(self, chunk: AttentionChunk) -> Tensor:
@@ -305,12 +426,43 @@ class RowMeasure(AttentionMeasure):
 
     def _add(self, chunk: AttentionChunk) -> None:
         rows = self.rows(chunk)
-        defined = ~rows.isnan()
-        images, heads = rows.shape[:2]
-        sums = self._sums.room(chunk.layer, chunk.first_image, images, heads)
-        sums["total"] += torch.where(defined, rows, 0).sum(-1).cpu().numpy()
-        sums["defined"] += defined.sum(-1).cpu().numpy()
-        sums["undefined"] += (~defined).sum(-1).cpu().numpy()
+        undefined = rows.isnan()
+        sums = [rows.masked_fill(undefined, 0).sum(-1), undefined.sum(-1)]
+        if self.mapless:
+            sums.append(chunk.rows.sink.isnan().sum(-1))
+        # Counts of rows are exact in single precision.
+        waiting = torch.stack([part.float() for part in sums])
+        self._waiting.append(_Waiting(chunk.layer, chunk.first_image, waiting, rows.shape[-1]))
+        if rows.device.type == "cpu":
+            self._fetch()
+
+    def _fetch(self) -> None:
+        if not self._waiting:
+            return
+        waiting, self._waiting = self._waiting, []
+        flat = torch.cat([part.sums.flatten() for part in waiting]).cpu()
+        numbers = flat.split([part.sums.numel() for part in waiting])
+        for part, found in zip(waiting, numbers, strict=True):
+            total, undefined, *damaged = found.view(part.sums.shape).numpy()
+            if any(count.any() for count in damaged):
+                raise MeasureError(f"attention is NaN in layer {part.layer}")
+            sums = self._sums.room(part.layer, part.first_image, *total.shape)
+            sums["total"] += total
+            sums["defined"] += (part.rows - undefined).astype(np.int32)
+            sums["undefined"] += undefined.astype(np.int32)
+
+    def merge(self, other: Self) -> None:
+        self._fetch()
+        other._fetch()
+        super().merge(other)
+
+    def kept(self) -> dict[int, np.ndarray]:
+        self._fetch()
+        return super().kept()
+
+    def compute(self) -> dict[int, PerImage]:
+        self._fetch()
+        return super().compute()
 
 
 class _Part(NamedTuple):
@@ -348,7 +500,7 @@ class MapMeasure(AttentionMeasure):
             raise MeasureError(
                 f"{self.info.name}: attention layer {chunk.layer} is not one map of all patches"
             )
-        images, _, rows, _ = chunk.log_p.shape
+        images, _, rows, _ = chunk.shape
         key = chunk.layer, chunk.first_image
         before = self._unfinished.pop(key, None)
         expected = (images, 0) if before is None else before[:2]
@@ -365,7 +517,7 @@ class MapMeasure(AttentionMeasure):
             self._unfinished[key] = _Part(images, rows, content)
             return
         value, undefined = self.finish(chunk, content)
-        sums = np.zeros(value.shape, _SUMS)
+        sums = np.zeros(value.shape, SUMS)
         sums["total"] = np.nan_to_num(value)
         sums["defined"] = ~np.isnan(value)
         sums["undefined"] = undefined
@@ -382,6 +534,10 @@ class MapMeasure(AttentionMeasure):
         self._check_finished()
         other._check_finished()
         super().merge(other)
+
+    def kept(self) -> dict[int, np.ndarray]:
+        self._check_finished()
+        return super().kept()
 
     def compute(self) -> dict[int, PerImage]:
         self._check_finished()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from vitprobe.errors import MeasureError
@@ -110,9 +109,10 @@ class AttentionEntropy(RowMeasure):
     )
 
     relative = True
+    mapless = True
 
     def rows(self, chunk: AttentionChunk) -> Tensor:
-        return chunk.entropy
+        return chunk.rows.entropy[..., chunk.query_prefix :]
 
 
 class RawAttentionEntropy(RowMeasure):
@@ -217,9 +217,9 @@ class ClassAttentionEntropy(RowMeasure):
 
     asks = "class"
     relative = True
+    mapless = True
 
     def rows(self, chunk: AttentionChunk) -> Tensor:
         first = chunk.first_query == 0 and chunk.query_prefix > 0
         has_class = (first and chunk.class_token) or chunk.of_class_token
-        row = chunk.log_p[:, :, : int(has_class), chunk.key_prefix :]
-        return row_entropy(torch.softmax(row, dim=-1))
+        return chunk.rows.entropy[..., : int(has_class)]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from typing import Literal
+from itertools import pairwise
+from typing import Final, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vitprobe.errors import MeasureError
+
+_TILE: Final = 1 << 20
+"""Features that are centred and multiplied at a time on a CPU, so that they stay in its cache."""
+_STRIPES: Final = 4
+"""Parts of a Gram's lower triangle, which is all that is multiplied there."""
 
 
 def centered_gram(features: Tensor) -> Tensor:
@@ -22,22 +27,35 @@ def centered_gram(features: Tensor) -> Tensor:
     class token before the first block) are constant: their Gram is exactly zero.
 
     Args:
-        features: (n, ...), flattened to (n, p).
+        features: (n, ...), taken as (n, p).
 
     Returns:
-        (n, n), in the precision of `features` (at least float32).
+        (n, n), symmetric, in the precision of `features` (at least float32).
     """
-    x = features.flatten(1)
-    x = x if x.dtype == torch.float64 else x.float()
-    mean = x.mean(0)
-    x = x - mean
+    # Axis 1 is that of tokens, or of features where there is no other.
+    tokens = features.flatten(2) if features.ndim > 2 else features
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    n = len(tokens)
+    gram = torch.zeros((n, n), dtype=dtype, device=features.device)
+    shared = torch.zeros((), dtype=dtype, device=features.device)
+    bounds = [n * i // _STRIPES for i in range(_STRIPES + 1)] if n > 2 * _STRIPES else [0, n]
+    step = tokens.shape[1]
+    if features.device.type == "cpu":
+        step = max(1, _TILE * step // max(1, tokens.numel()))
+    else:
+        bounds = [0, n]
     # Under a caller's autocast the product alone would fall to half precision.
-    with torch.autocast(x.device.type, enabled=False):
-        gram = x @ x.T
-    shared = math.sqrt(len(x)) * torch.linalg.vector_norm(mean)
-    if gram.trace().sqrt() <= 4 * torch.finfo(x.dtype).eps * shared:
-        return torch.zeros_like(gram)
-    return gram
+    with torch.autocast(features.device.type, enabled=False):
+        for part in tokens.split(step, dim=1):
+            x = part.to(dtype)
+            mean = x.mean(0)
+            x = (x - mean).flatten(1)
+            shared += mean.square().sum()
+            for first, last in pairwise(bounds):
+                gram[first:last, :last].addmm_(x[first:last], x[:last].T)
+    gram = gram.tril() + gram.tril(-1).T
+    rounding = 4 * torch.finfo(dtype).eps * (n * shared).sqrt()
+    return gram * (gram.trace().sqrt() > rounding)
 
 
 def rbf_gram(features: Tensor, bandwidth: Literal["median"] | float = "median") -> Tensor:

@@ -167,7 +167,19 @@ class RankMe(Measure):
         """
         if not torch.isfinite(vectors).all():
             raise MeasureError(f"features are NaN or infinite in layer {layer}")
-        self._vectors.put(layer, first_image, vectors.detach().float().cpu().numpy())
+        self.put(layer, first_image, vectors.detach().float().cpu().numpy())
+
+    def kept(self) -> dict[int, np.ndarray]:
+        """layer -> (images, width) float32 vectors, for `put`."""
+        return self._vectors.layers()
+
+    def put(self, layer: int, first_image: int, vectors: np.ndarray) -> None:
+        """Add images `first_image` … as another instance kept them.
+
+        Raises:
+            MeasureError: an image that has come before.
+        """
+        self._vectors.put(layer, first_image, vectors)
 
     def merge(self, other: Self) -> None:
         """Add the images of another instance.

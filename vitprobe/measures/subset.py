@@ -152,6 +152,22 @@ class Subset:
                 self._images[layer] = set(images)
                 self._points[layer] = other._points[layer]
 
+    @classmethod
+    def beside(cls, subsets: Sequence[Self]) -> Self:
+        """The layers of several subsets of the same images, one after the other.
+
+        Raises:
+            MeasureError: subsets of other numbers of images to keep.
+        """
+        if len({subset.max_images for subset in subsets}) > 1:
+            raise MeasureError("only subsets of the same max_images can be put together")
+        joined = cls(0, subsets[0].max_images)
+        for subset in subsets:
+            joined._parts += subset._parts
+            joined._images += subset._images
+            joined._points += subset._points
+        return joined
+
     def points(self) -> list[Points]:
         """The points of every layer, images in order of the run.
 

@@ -235,7 +235,25 @@ class TokenMeasure(Measure):
             raise MeasureError(f"features are NaN or infinite in layer {layer}")
         with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
             rows = self._rows(to_tensor(tokens), grid)
-        self._kept.put(layer, first_image, rows.float().cpu().numpy())
+        self.put(layer, first_image, rows.float().cpu().numpy(), grid)
+
+    def columns(self, grid: tuple[int, int] | None) -> int:
+        """Numbers kept of an image."""
+        return 1
+
+    def kept(self) -> dict[int, np.ndarray]:
+        """layer -> (images, columns) float32, for `put`."""
+        return self._kept.layers()
+
+    def put(
+        self, layer: int, first_image: int, rows: np.ndarray, grid: tuple[int, int] | None
+    ) -> None:
+        """Add images `first_image` … of one layer as another instance kept them.
+
+        Raises:
+            MeasureError: an image that has come before.
+        """
+        self._kept.put(layer, first_image, rows)
 
     def _rows(self, tokens: Tensor, grid: tuple[int, int] | None) -> Tensor:
         """What is kept of each image, (n, k), its number last."""
@@ -466,10 +484,13 @@ class FourierAmplitude(TokenMeasure):
     def images(self, tokens: Tensor, grid: tuple[int, int] | None) -> Tensor:
         return self._rows(tokens, grid)[:, -1]
 
-    def update(
-        self, layer: int, first_image: int, tokens: Tensor, grid: tuple[int, int] | None
+    def columns(self, grid: tuple[int, int] | None) -> int:
+        return 1 if grid is None or _no_diagonal(grid) is not None else (grid[0] + 1) // 2
+
+    def put(
+        self, layer: int, first_image: int, rows: np.ndarray, grid: tuple[int, int] | None
     ) -> None:
-        super().update(layer, first_image, tokens, grid)
+        super().put(layer, first_image, rows, grid)
         if grid is not None and _no_diagonal(grid) is None:
             self._sides[layer] = grid[0]
 

@@ -63,6 +63,11 @@ def load(
     be probed. Nothing in a checkpoint file is executed.
     """
     parsed = parse_spec(os.fspath(spec), heads=heads, **options)
+    if parsed.kind == "probe":
+        raise SourceError(
+            f"'{parsed.target}' is a probe file, which holds no model to run; open_probe reads it "
+            "and compare takes it among its models."
+        )
     if parsed.kind in _LIBRARIES:
         return _LIBRARIES[parsed.kind](parsed, name)
     path = Path(parsed.target)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -59,6 +60,23 @@ class LoadReport:
         }
 
 
+class Subject(Protocol):
+    """What a comparison knows of a model, which may be at hand or in a probe file."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def input_size(self) -> tuple[int, int, int]: ...
+    @property
+    def anatomy(self) -> Anatomy: ...
+    @property
+    def spec(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    def weights_sha256(self) -> str: ...
+    def describe(self) -> dict[str, Any]: ...
+
+
 @dataclass(repr=False)
 class Model:
     """A runnable model and its description.
@@ -93,6 +111,21 @@ class Model:
         )
         size = "x".join(map(str, self.input_size))
         return f"Model('{self.name}' from '{self.spec}': {facts}, input {size})"
+
+    @property
+    def dtype(self) -> str:
+        """Of its weights, such as "torch.float32"."""
+        return str(next((p.dtype for p in self.module.parameters()), torch.float32))
+
+    def weights_sha256(self) -> str:
+        """Hash over the names, shapes, types and values of its parameters and buffers."""
+        digest = hashlib.sha256()
+        for name, tensor in self.module.state_dict().items():
+            if isinstance(tensor, Tensor):
+                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\0".encode())
+                values = tensor.detach().cpu().contiguous().flatten()
+                digest.update(values.view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def normalize(self, images: Tensor) -> Tensor:
         """Images in [0, 1], (b, c, h, w), as this model was trained to see them."""

@@ -7,6 +7,7 @@ A spec is `SOURCE[,option=value…]`, where SOURCE is one of
 - `timm:NAME`: a timm model with its published weights
 - `hf:FOLDER_OR_REPOSITORY`: a model of transformers, run by that library
 - `torchvision:NAME`: a torchvision model with its published weights
+- `path/to/NAME.probe`: a probe file, which holds no model but what a comparison needs of one
 - `init:NAME`, `init:path/to/checkpoint`, `init:hf:…` or `init:torchvision:NAME`: the same
   architecture with random weights
 """
@@ -22,6 +23,7 @@ from typing import Any
 
 from vitprobe.errors import SourceError, suggest
 
+PROBE_SUFFIX = ".probe"
 LIBRARIES = ("hf", "torchvision")
 _PREFIXES = ("file", "run", "timm", *LIBRARIES, "init")
 # With random weights: of a timm model, a file, and the models of the libraries.
@@ -34,8 +36,8 @@ _KINDS = ("file", "run", "timm", *LIBRARIES, *RANDOM)
 class ModelSpec:
     """Where a model comes from.
 
-    kind: "file", "run", "timm", "hf", "torchvision", or with random weights "init" (of a timm
-        name), "init_file" (of a checkpoint's), "init_hf" or "init_torchvision".
+    kind: "file", "run", "timm", "hf", "torchvision", "probe", or with random weights "init" (of a
+        timm name), "init_file" (of a checkpoint's), "init_hf" or "init_torchvision".
     target: path of a file, folder or run directory, or the name of a model or repository.
     options: validated values of the options that were given (`OPTIONS` lists them).
     text: the spec as it was written.
@@ -79,7 +81,7 @@ def _split_kind(source: str, text: str) -> tuple[str, str]:
             f"{suggest(prefix, _PREFIXES)}"
         )
     if not colon or prefix not in _PREFIXES:
-        prefix, target = "file", source
+        prefix, target = "probe" if source.endswith(PROBE_SUFFIX) else "file", source
     if prefix == "init":
         library, _, rest = target.partition(":")
         if library in LIBRARIES:
@@ -121,6 +123,8 @@ def _validate(kind: str, given: Mapping[str, Any], text: str) -> dict[str, Any]:
             )
         if kind not in OPTIONS[name].kinds:
             takes = ", ".join(known for known, other in OPTIONS.items() if kind in other.kinds)
+            if kind == "probe":
+                takes = "none: a probe file was made with them"
             raise SourceError(
                 f"The option '{name}' does not apply to '{text}', which takes {takes}."
             )

@@ -7,14 +7,14 @@ from typing import Any
 
 from vitprobe.errors import SourceError
 from vitprobe.models.loading import RUN_ENCODER, load
-from vitprobe.models.model import Model
+from vitprobe.models.model import Model, Subject
 from vitprobe.models.sources import LIBRARIES, RANDOM, parse_spec
 
 # What decides over an encoder and cannot be seen in the shapes of its tensors.
 _FACTS = ("heads", "norm_eps", "activation")
 
 
-def is_untrained(model: Model) -> bool:
+def is_untrained(model: Subject) -> bool:
     """Whether a model was loaded with random weights."""
     return model.spec != "module" and parse_spec(model.spec).kind in RANDOM
 

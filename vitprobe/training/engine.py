@@ -17,8 +17,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from vitprobe import distributed
 from vitprobe.errors import RecipeError
-from vitprobe.training import distributed
 from vitprobe.training.graphs import Pass, Replayed, tried
 from vitprobe.training.methods import Batch, Method
 from vitprobe.training.recipe import Recipe

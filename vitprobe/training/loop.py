@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vitprobe import provenance
+from vitprobe import distributed, provenance
 from vitprobe.data.labelled import Labelled, load_labelled
 from vitprobe.devices import find_device
 from vitprobe.errors import CheckpointError, RecipeError, ResultError
-from vitprobe.training import distributed
 from vitprobe.training.encoder import save_encoder
 from vitprobe.training.loggers import Logger, check_loggers, open_loggers
 from vitprobe.training.pictures import save_grid
@@ -373,17 +372,11 @@ def _describe(data: Any) -> str:
 
 
 def _device(name: str) -> torch.device:
-    """The device of this process: under torchrun each has a GPU of its own."""
+    """The device of this process."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("mps"):
         raise RecipeError("Training needs double precision, which mps has not; use --device cpu.")
-    if name.startswith("cuda") and distributed.launched() > 1:
-        if name != "cuda":
-            raise RecipeError(
-                f"Under torchrun each process takes its own GPU: not {name}, but cuda."
-            )
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     return find_device(name)
 
 

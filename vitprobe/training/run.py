@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from vitprobe import distributed
 from vitprobe.data.labelled import Arrays, Files, Labelled
 from vitprobe.errors import RecipeError
 from vitprobe.evaluation.knn import knn_accuracy
-from vitprobe.training import distributed
 from vitprobe.training.augment import Augment
 from vitprobe.training.engine import Engine
 from vitprobe.training.feed import Feed, make_feed

@@ -64,7 +64,7 @@ class Method(nn.Module, ABC):
     encoder's) do not require one.
 
     Under several processes each sees its share of the batch; a loss is the mean over that share,
-    and what looks across samples goes through `vitprobe.training.distributed`.
+    and what looks across samples goes through `vitprobe.distributed`.
     """
 
     Config: ClassVar[type[MethodConfig]]

@@ -18,8 +18,8 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from vitprobe import distributed
 from vitprobe.errors import RecipeError
-from vitprobe.training import distributed
 from vitprobe.training.encoder import EncoderConfig, build_encoder, encode
 from vitprobe.training.methods.base import Batch, Method, MethodConfig, Moment
 from vitprobe.training.methods.momentum import follow, momentum_copy

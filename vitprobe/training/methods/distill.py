@@ -30,7 +30,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vitprobe.capture import Heard, listen
-from vitprobe.data.images import LUMINANCE
+from vitprobe.data.blocks import LUMINANCE
 from vitprobe.errors import CaptureError, RecipeError
 from vitprobe.models import Model, load, wrap
 from vitprobe.training.encoder import EncoderConfig, encode

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitprobe.distributed import GlobalBatchNorm, gather, rank, world_size
 from vitprobe.errors import RecipeError
-from vitprobe.training.distributed import GlobalBatchNorm, gather, rank, world_size
 from vitprobe.training.encoder import EncoderConfig, build_encoder, encode
 from vitprobe.training.methods.base import Batch, Method, MethodConfig, Moment
 from vitprobe.training.methods.momentum import follow, momentum_copy

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from models_for_tests import squares, tiny
+
+import vitprobe as vp
+from vitprobe.errors import VitprobeError
+
+QUIET = {"progress": False, "device": "cpu", "block": 32}
+CPU_WORDS = (
+    "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: "
+    "you tried to allocate 1073741824 bytes."
+)
+
+
+def cramped(name, most, error=torch.OutOfMemoryError, seed=0):
+    """A model whose last block has no room for more than so many images, and what it was given."""
+    model = tiny(name, depth=2, seed=seed)
+    given = []
+
+    def check(module, args):
+        given.append(len(args[0]))
+        if len(args[0]) > most:
+            raise error("CUDA out of memory" if error is torch.OutOfMemoryError else CPU_WORDS)
+
+    model.module.blocks[-1].register_forward_pre_hook(check)
+    return model, given
+
+
+def close(found, expected):
+    """Whether every number of two results is the same up to 1e-6."""
+    for path, node in expected.tree.to_dict().items():
+        for name, array in node.data_vars.items():
+            other = found.tree[path][name]
+            if array.dtype.kind == "f":
+                assert torch.allclose(
+                    torch.tensor(other.values).double(),
+                    torch.tensor(array.values).double(),
+                    rtol=1e-5,
+                    atol=1e-6 if array.dtype != "float16" else 1e-3,
+                    equal_nan=True,
+                ), name
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_out_of_memory_halves_the_passes_and_changes_no_number(error):
+    measures = ["cka", "attention_distance", "token_cosine", "rankme"]
+    whole = vp.compare([tiny("a", depth=2), tiny("b", depth=2)], squares(96), measures, **QUIET)
+    small, given = cramped("a", 9, error)
+    with pytest.warns(UserWarning, match="'a' ran out of memory with .* goes on with") as told:
+        found = vp.compare([small, tiny("b", depth=2)], squares(96), measures, **QUIET)
+    texts = [str(warning.message) for warning in told]
+    assert len(texts) == 2
+    assert "with 32 images in a forward pass and goes on with 16" in texts[0]
+    assert "with 16 images in a forward pass and goes on with 8" in texts[1]
+    # The first block is run anew in smaller passes, and later blocks begin with these.
+    assert given == [32, 16] + [8] * 12
+    assert found.provenance["block"] == whole.provenance["block"]
+    assert found.provenance["blocks"] == whole.provenance["blocks"] == 3
+    close(found, whole)
+    (note,) = set(found.notes) - set(whole.notes)
+    assert note == (
+        "a: the device ran out of memory with 32 images in a forward pass, so it was given 8 at a "
+        "time; blocks are unchanged."
+    )
+
+
+def test_no_room_for_a_single_image_is_told():
+    model, given = cramped("a", 0)
+    with (
+        pytest.warns(UserWarning, match="goes on with"),
+        pytest.raises(VitprobeError, match="'a' has no room on cpu for a single image") as error,
+    ):
+        vp.compare([model], squares(8), ["cka"], **{**QUIET, "block": 4})
+    assert "give another device" in str(error.value)
+    assert given == [4, 2, 1]
+
+
+def test_other_errors_of_a_model_are_not_taken_for_memory():
+    model = tiny("a", depth=2)
+
+    def fail(module, args):
+        raise RuntimeError("shapes do not fit")
+
+    model.module.blocks[-1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        vp.compare([model], squares(8), ["cka"], **QUIET)
+
+
+def test_the_batch_size_is_where_halving_begins():
+    model, given = cramped("a", 3)
+    with pytest.warns(UserWarning, match="with 6 images"):
+        found = vp.compare([model], squares(12), ["cka"], batch_size=6, **QUIET)
+    assert given == [6, *[3] * 4]
+    assert any(re.search("a: .* with 6 images .* given 3 at a time", n) for n in found.notes)

@@ -1,0 +1,133 @@
+"""A live model over one block of images after another, in forward passes that fit its device."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+from vitprobe.capture import Recorder
+from vitprobe.data.blocks import Block, View
+from vitprobe.devices import exact_products, placed
+from vitprobe.errors import MeasureError, VitprobeError
+from vitprobe.model_block import ModelBlock, Wanted
+from vitprobe.models import Model
+from vitprobe.samples import SAMPLES, thumbnails
+from vitprobe.settings import Settings
+
+
+@contextmanager
+def running(models: Iterable[Model], settings: Settings, device: torch.device) -> Iterator[None]:
+    """Models on their device, in the precision asked for; all is as it was afterwards."""
+    with ExitStack() as stack:
+        stack.enter_context(exact_products())
+        bf16 = settings.precision == "bf16"
+        stack.enter_context(torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16))
+        for model in models:
+            stack.enter_context(placed(model.module, device))
+        yield
+
+
+class Forward:
+    """Runs a model that is on `device` already."""
+
+    def __init__(self, model: Model, settings: Settings, device: torch.device) -> None:
+        self.model = model
+        self.wanted = Wanted.of(model, settings)
+        self._settings = settings
+        self.device = device
+        self._step = settings.batch_size
+        self._halved: tuple[int, int] | None = None
+
+    def part(self, block: Block) -> ModelBlock:
+        """What the model gives for a block; raises as `block`."""
+        return self.block(block.first, block.views[View(*self.model.input_size)])
+
+    def block(self, first: int, pixels: Tensor) -> ModelBlock:
+        """What the model gives for images `first` … of the run.
+
+        Where the device has no room for so many images in one forward pass, the block is run again
+        in passes of half as many, from then on.
+
+        Args:
+            first: index, in the whole run, of the first of them.
+            pixels: (images, channels, height, width) in [0, 1], at the model's input size.
+
+        Raises:
+            VitprobeError: no room for a single image.
+            MeasureError: features or attention that are not finite.
+            CaptureError: a layer that was asked for stayed silent, or spoke more than once.
+        """
+        while True:
+            step = min(self._step or len(pixels), len(pixels))
+            try:
+                return self._run(first, pixels, step)
+            except MeasureError as error:
+                raise MeasureError(
+                    f"model '{self.model.name}', block {first // self._settings.block} of the "
+                    f"images: {error}; check its weights with 'vitprobe inspect'"
+                ) from error
+            except RuntimeError as error:
+                if not _no_room(error):
+                    raise
+                where = str(error).partition("\n")[0]
+            # Only here is what the failed pass held free again.
+            self._halve(step, where)
+
+    def _run(self, first: int, pixels: Tensor, step: int) -> ModelBlock:
+        made = ModelBlock(self.wanted, first, len(pixels))
+        made.halved = self._halved
+        if first < SAMPLES:
+            made.thumbnails = thumbnails(pixels[: SAMPLES - first])
+        if not (self.wanted.features or self.wanted.attention):
+            return made
+        start = 0
+
+        def on_features(layer: int, tokens: Tensor) -> None:
+            # Under a caller's autocast matrix products alone would fall to half precision.
+            with torch.autocast(self.device.type, enabled=False):
+                made.add_features(layer, first + start, tokens)
+
+        recorder = Recorder(
+            self.model,
+            convention=self._settings.layers,
+            on_features=on_features if self.wanted.features else None,
+            on_attention=made.add_attention if self.wanted.attention else None,
+        )
+        # A module of the user's own may keep what it computes, and could not train with inference
+        # tensors later.
+        grad_off = torch.no_grad() if self.model.spec == "module" else torch.inference_mode()
+        with grad_off, recorder:
+            for start in range(0, len(pixels), step):
+                recorder.run(pixels[start : start + step].to(self.device), first + start)
+            made.finish()
+        return made
+
+    def _halve(self, step: int, reason: str) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if step == 1:
+            raise VitprobeError(
+                f"model '{self.model.name}' has no room on {self.device} for a single image "
+                f"({reason}); give another device, or leave the model out"
+            )
+        self._step = step // 2
+        self._halved = (self._halved[0] if self._halved else step, self._step)
+        warnings.warn(
+            f"model '{self.model.name}' ran out of memory with {step} images in a forward pass and "
+            f"goes on with {self._step}; give a smaller batch size to begin with",
+            stacklevel=2,
+        )
+
+
+def _no_room(error: RuntimeError) -> bool:
+    """Whether a device, of whatever kind, said that its memory does not suffice."""
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in said for words in ("out of memory", "can't allocate memory", "not enough memory")
+    )

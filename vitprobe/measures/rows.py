@@ -1,0 +1,258 @@
+"""Entropy, distance and sink mass of attention rows, without ever holding a whole map.
+
+They are taken from tiles of logits that stay in a processor's cache. Where the logits are products
+of queries and keys, these too are made a tile at a time; on CUDA one kernel does it all.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitprobe.measures import fused
+from vitprobe.measures.fused import Rows
+
+TILE: Final = 1 << 19
+"""Most logits of a tile on a CPU."""
+DEVICE_TILE: Final = 1 << 26
+"""The same elsewhere, where small tiles would keep the device waiting."""
+_MASKED: Final = -1e30
+"""Stands for minus infinity in a product with 0."""
+
+
+@dataclass(frozen=True, eq=False)
+class Products:
+    """Logits that are products of queries and keys, not yet taken.
+
+    query: (images, heads, queries, depth), of any floating type.
+    key: (images, heads, keys, depth).
+    scale: what the products are multiplied by.
+    mask: True where a key may be read, or what is added to the logits; it broadcasts to
+        (images, heads, queries, keys). None where every key may be read.
+    """
+
+    query: Tensor
+    key: Tensor
+    scale: float
+    mask: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """(images, heads, queries, keys)."""
+        return torch.Size((*self.query.shape[:3], self.key.shape[2]))
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.query.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the logits: at least single precision."""
+        return torch.promote_types(self.query.dtype, torch.float32)
+
+    def part(self, images: slice, queries: slice) -> Products:
+        """Some queries of some images."""
+        mask = None if self.mask is None else self.mask.expand(self.shape)[images, :, queries]
+        return Products(self.query[images, :, queries], self.key[images], self.scale, mask)
+
+    def of_keys(self, keys: slice) -> Products:
+        """Some keys, in the type of the logits."""
+        mask = None if self.mask is None else self.mask.expand(self.shape)[..., keys]
+        key = self.key[:, :, keys].to(self.dtype).contiguous()
+        return Products(self.query.to(self.dtype), key, self.scale, mask)
+
+    def detach(self) -> Products:
+        """The same without gradients."""
+        mask = None if self.mask is None else self.mask.detach()
+        return Products(self.query.detach(), self.key.detach(), self.scale, mask)
+
+    def logits(self) -> Tensor:
+        """(images, heads, queries, keys), with the gradient of what they come from."""
+        query, key = self.query.to(self.dtype), self.key.to(self.dtype)
+        return self._masked((query * self.scale) @ key.mT)
+
+    def write(self, out: Tensor) -> None:
+        """Write the logits to (images, heads, queries, keys) of one piece; without a gradient."""
+        flat = out.flatten(0, 1)
+        query, key = self.query.flatten(0, 1), self.key.flatten(0, 1)
+        torch.baddbmm(flat, query, key.mT, beta=0, alpha=self.scale, out=flat)
+        self._masked(out)
+
+    def _masked(self, logits: Tensor) -> Tensor:
+        if self.mask is None:
+            return logits
+        if self.mask.dtype == torch.bool:
+            return logits.masked_fill_(~self.mask, -torch.inf)
+        return logits.add_(self.mask)
+
+
+Logits: TypeAlias = Tensor | Products
+"""(images, heads, queries, keys), what a softmax over keys is given."""
+
+
+def row_statistics(
+    logits: Logits,
+    *,
+    query_prefix: int,
+    key_prefix: int,
+    query_xy: Tensor | None,
+    key_xy: Tensor | None,
+) -> Rows:
+    """Statistics of the rows of softmax(logits), see `Rows`; in the precision of the logits.
+
+    A row with nan or infinity among its logits has nan for its sink. There are no gradients.
+
+    Args:
+        logits: (images, heads, queries, keys).
+        query_prefix: how many leading queries are prefix tokens, whose distance has no meaning.
+        key_prefix: how many leading keys are prefix tokens.
+        query_xy: (queries - query_prefix, 2), centres of the patch queries; None: not known.
+        key_xy: (keys - key_prefix, 2), centres of the patch keys; None: not known.
+    """
+    with torch.no_grad():
+        if isinstance(logits, Products) and fused.available(logits.device):
+            places: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
+            if query_xy is not None and key_xy is not None:
+                places = (
+                    _places(_content(query_xy), query_prefix, logits.device),
+                    _places(_content(key_xy), 0, logits.device),
+                )
+            return fused.rows(
+                logits.query,
+                logits.key,
+                scale=logits.scale,
+                key_prefix=key_prefix,
+                query_xy=places[0],
+                key_xy=places[1],
+                mask=logits.mask,
+            )
+        distance = None
+        if query_xy is not None and key_xy is not None:
+            distance = distances(query_xy, key_xy, logits.dtype, logits.device)
+        return _in_tiles(logits, query_prefix, key_prefix, distance)
+
+
+def _in_tiles(logits: Logits, query_prefix: int, key_prefix: int, distance: Tensor | None) -> Rows:
+    images, heads, queries, keys = logits.shape
+    patches = keys - key_prefix
+    most = TILE if logits.device.type == "cpu" else DEVICE_TILE
+    step = max(1, min(images, most // max(1, heads * queries * patches)))
+    height = queries if step > 1 else max(1, min(queries, most // max(1, heads * patches)))
+    like = torch.empty(0, dtype=logits.dtype, device=logits.device)
+    room = like.new_empty((2, step * heads * height * patches))
+    found = like.new_full((3, images, heads, queries), torch.nan)
+    finite = isinstance(logits, Products) and logits.mask is None
+    for first in range(0, images, step):
+        some = slice(first, min(first + step, images))
+        to_prefix, to_patches = (
+            _of_keys(part_of(logits, some, slice(None)), part)
+            for part in (slice(0, key_prefix), slice(key_prefix, keys))
+        )
+        for top in range(0, queries, height):
+            rows = slice(top, min(top + height, queries))
+            shape = (some.stop - first, heads, rows.stop - top, patches)
+            tile, weights = (part[: math.prod(shape)].view(shape) for part in room)
+            aside = tile.new_empty((*shape[:-1], key_prefix))
+            _write(to_prefix, rows, aside)
+            _write(to_patches, rows, tile)
+            entropy, distance_, sink = (part[some, :, rows] for part in found)
+            log_mass = _entropy(tile, weights, entropy, finite=finite)
+            _sink(aside, log_mass, sink)
+            if distance is not None:
+                patch = max(0, query_prefix - top)
+                ends = (max(0, end - query_prefix) for end in (top, rows.stop))
+                weights = weights[:, :, patch:]
+                weights.mul_(distance[slice(*ends)])
+                torch.sum(weights, -1, out=distance_[:, :, patch:])
+                distance_.masked_fill_(entropy.isnan(), torch.nan)
+    return Rows(found[0], None if distance is None else found[1], found[2])
+
+
+def part_of(logits: Logits, images: slice, queries: slice) -> Logits:
+    """Some queries of some images."""
+    if isinstance(logits, Tensor):
+        return logits[images, :, queries]
+    return logits.part(images, queries)
+
+
+def _of_keys(logits: Logits, keys: slice) -> Logits:
+    return logits[..., keys] if isinstance(logits, Tensor) else logits.of_keys(keys)
+
+
+def _write(logits: Logits, rows: slice, out: Tensor) -> None:
+    part = part_of(logits, slice(None), rows)
+    if isinstance(part, Tensor):
+        out.copy_(part)
+    else:
+        part.write(out)
+
+
+def _entropy(tile: Tensor, weights: Tensor, entropy: Tensor, *, finite: bool) -> Tensor:
+    """The logarithm of each row's sum of exponentials, (..., rows).
+
+    tile: (..., rows, keys) logits, which are lost. weights: of the same shape, for their softmax.
+    entropy: (..., rows), of the softmax; nan where the row has no key to read.
+    finite: whether no logit is minus infinity.
+    """
+    if tile.shape[-1] == 0:
+        return torch.full_like(entropy, -torch.inf)
+    most = tile.amax(-1)
+    nothing = most == -torch.inf
+    tile.sub_(most.masked_fill(nothing, 0)[..., None])
+    if not finite:
+        tile.clamp_min_(_MASKED)
+    torch.softmax(tile, -1, out=weights)
+    # The largest weight is one over the sum of exponentials of logits less the largest.
+    log_sum = weights.amax(-1).log_().neg_()
+    torch.sum(tile.mul_(weights), -1, out=entropy)
+    torch.sub(log_sum, entropy, out=entropy).clamp_min_(0).masked_fill_(nothing, torch.nan)
+    return most + log_sum
+
+
+def _sink(aside: Tensor, log_mass: Tensor, sink: Tensor) -> None:
+    """Write the share of prefix keys, (..., rows), of logits (..., rows, prefix keys).
+
+    log_mass: (..., rows), logarithm of the sum of exponentials of the other logits.
+    """
+    ours = aside.logsumexp(-1)
+    whole = torch.logaddexp(ours, log_mass)
+    torch.exp(ours - whole, out=sink)
+    sink.masked_fill_(whole == -torch.inf, 0)
+    sink.masked_fill_(~(whole < torch.inf), torch.nan)
+
+
+def distances(query_xy: Tensor, key_xy: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Euclidean distances (queries, keys) between points (queries, 2) and (keys, 2).
+
+    The last few are kept, since all images and mostly all layers share them.
+    """
+    return _distances(_content(query_xy), _content(key_xy), dtype, device)
+
+
+def _content(xy: Tensor) -> bytes:
+    return xy.double().cpu().contiguous().numpy().tobytes()
+
+
+def _points(content: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(content).reshape(-1, 2).copy())
+
+
+@lru_cache(maxsize=4)
+def _distances(query: bytes, key: bytes, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        difference = _points(query)[:, None] - _points(key)[None]
+        return torch.linalg.vector_norm(difference, dim=-1).to(device, dtype)
+
+
+@lru_cache(maxsize=8)
+def _places(xy: bytes, before: int, device: torch.device) -> Tensor:
+    """Points on a device, behind so many of no meaning."""
+    with torch.inference_mode(False):
+        return torch.cat([torch.zeros(before, 2), _points(xy).float()]).to(device)
