@@ -23,9 +23,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import analysis
 import torch
 import tyro
-from analysis import BATCH, build, hsic
+from analysis import hsic
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
@@ -35,6 +36,8 @@ from vitprobe.data.blocks import View
 from vitprobe.measures.cka import CKA
 from vitprobe.measures.first_direction import FirstDirectionShare
 from vitprobe.measures.gram import centered_gram
+
+BATCH = 128
 
 Blocks = list[list[Tensor]]
 """For each block the patch tokens (images, patches, width) of every layer of both models."""
@@ -147,7 +150,7 @@ def main(settings: Settings) -> None:
         models = [vp.load(spec, name=f"m{i}") for i, spec in enumerate(settings.specs)]
         images = vp.images(settings.images, limit=settings.blocks * BATCH)
     else:
-        models = build(2, 3)
+        models = analysis.build(analysis.Settings())
         images = vp.images(crops(settings.blocks * BATCH))
     blocks = features(models, images, settings.blocks)
     ways: dict[str, Callable[[Blocks], Tensor | None]] = {

@@ -417,7 +417,7 @@ def test_probe_files(run, photos, checkpoint, tmp_path):
         assert (status, out) == (0, f"{name}.probe\n"), err
     status, out, _ = run("inspect", "A.probe")
     assert status == 0
-    for said in ("Probe file", "cka, attention_entropy, sink_mass", "12 in 1 blocks", "tiny.pth"):
+    for said in ("Probe file", "cka, attention_entropy, sink_mass", "12 in 1 block", "tiny.pth"):
         assert said in out
     kept = ("--measures", "cka", "attention_entropy")
     status, out, err = run("compare", "A=A.probe", "Other=B.probe", *kept, "--out", "out")

@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def _compared(name: str, folder: Path) -> vp.Comparison:
     return vp.compare(compared, images() if callable(images) else images, **options)
 
 
-def _failed(compared: list[vp.Model], images: Any, **options: Any) -> str:
+def _failed(compared: Sequence[vp.Model | vp.Probe], images: Any, **options: Any) -> str:
     """What a process says of a comparison that cannot be."""
     try:
         with together():
@@ -80,10 +81,10 @@ def _share(folder: str) -> dict[str, str]:
         for name in RUNS:
             result = _compared(name, Path(folder))
             result.save(Path(folder) / f"{name} {team.rank}.nc")
-        return _refusals(team.rank)
+        return _refusals(team.rank, Path(folder))
 
 
-def _refusals(rank: int) -> dict[str, str]:
+def _refusals(rank: int, folder: Path) -> dict[str, str]:
     blinded = tiny("blinded")
     blinded.module.patch_embed.register_forward_hook(
         lambda module, given, made: made * (torch.nan if given[0].max() > 0.999 else 1)
@@ -96,6 +97,7 @@ def _refusals(rank: int) -> dict[str, str]:
         "settings": _failed([tiny("a")], images, block=32 + rank),
         "images": _failed([tiny("a")], images, limit=50 + rank),
         "too few": _failed([tiny("a")], squares(3)),
+        "probe files": _failed([vp.open_probe(folder / f"other {rank}.probe")], None),
     }
 
 
@@ -110,6 +112,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[st
         (folder / "photos" / f"{number:02}.png").write_bytes(b"damaged")
     for model in models():
         vp.probe(model, folder / "photos", folder / f"{model.name}.probe", block=32, **QUIET)
+    for rank, limit in enumerate((80, 64)):
+        vp.probe(tiny("a"), folder / "photos", folder / f"other {rank}.probe", limit=limit, **QUIET)
     return folder, in_processes(_share, folder, str(folder))
 
 
@@ -141,6 +145,7 @@ def test_the_result_of_one_process(shared, name):
         ("models", "process 1 of this run is given other models than process 0"),
         ("settings", "process 1 of this run is given other settings than process 0"),
         ("images", "process 1 of this run is given other images than process 0"),
+        ("probe files", "process 1 of this run is given other probe files than process 0"),
         ("too few", "gives too few images that can be decoded, 3: unbiased CKA needs at least 4"),
     ],
 )

@@ -7,7 +7,9 @@ import torch
 from models_for_tests import squares, tiny
 
 import vitprobe as vp
+from vitprobe.capture import Recorder
 from vitprobe.errors import VitprobeError
+from vitprobe.measures.chunks import RowMeasure
 
 QUIET = {"progress": False, "device": "cpu", "block": 32}
 CPU_WORDS = (
@@ -88,6 +90,22 @@ def test_other_errors_of_a_model_are_not_taken_for_memory():
     model.module.blocks[-1].register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         vp.compare([model], squares(8), ["cka"], **QUIET)
+
+
+def test_nan_that_a_device_tells_late_is_told_with_its_model_and_block(monkeypatch):
+    """As on CUDA, whose sums are fetched after the forward pass."""
+    run = Recorder.run
+
+    def fetched_later(self, *args):
+        with monkeypatch.context() as patch:
+            patch.setattr(RowMeasure, "settle", lambda measure: None)
+            return run(self, *args)
+
+    monkeypatch.setattr(Recorder, "run", fetched_later)
+    model = tiny("a", depth=2)
+    model.module.blocks[1].attn.qkv.weight.data[0] = torch.nan
+    with pytest.raises(VitprobeError, match=r"model 'a', block 0 .*: attention is NaN in layer 1"):
+        vp.compare([model], squares(8), ["attention_entropy"], **QUIET)
 
 
 def test_the_batch_size_is_where_halving_begins():

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -36,6 +37,10 @@ def probes(pair, tmp_path_factory):
     """Probe files of the pair, made once; tests that damage them take copies."""
     folder = tmp_path_factory.mktemp("probes")
     return [vp.probe(m, squares(100), folder / f"{m.name}.probe", FEW, **QUIET) for m in pair]
+
+
+def loader(n, seed=0):
+    return torch.utils.data.DataLoader(squares(n, seed=seed), batch_size=50)
 
 
 @pytest.fixture
@@ -110,7 +115,8 @@ def test_renamed_models_groups_and_reports(pair, probes, tmp_path):
     models = [vp.open_probe(path, name=name) for path, name in zip(probes, "xy", strict=True)]
     result = vp.compare(models, measures=FEW, groups={"Both": ["x", "y"]}, **QUIET)
     assert result.models == ("x", "y")
-    assert vp.report(result, tmp_path / "out").is_file()
+    page = vp.report(result, tmp_path / "out").read_text(encoding="utf-8")
+    assert page.count("Not run here: read from the probe file ") == 2
     twice = [models[0], vp.open_probe(probes[0], name="z")]
     with pytest.raises(VitprobeError, match="'x' and 'z' of group 'Same' have the same weights"):
         vp.compare(twice, measures=FEW, groups={"Same": ["x", "z"]}, **QUIET)
@@ -164,16 +170,16 @@ def test_other_images_are_refused(pair, probes, photos, tmp_path):
         vp.compare([a, pair[1]], squares(60), FEW, **QUIET)
     with pytest.raises(DataError, match=r"another '.*' than 'array' has, by the same name"):
         vp.compare([a, pair[1]], squares(100, seed=9), FEW, **QUIET)
-    with pytest.raises(DataError, match="limit None of the images and 'array' has 100"):
+    with pytest.raises(DataError, match="no limit of the images and 'array' has limit 100"):
         vp.compare([a, pair[1]], squares(120), FEW, limit=100, **QUIET)
-    with pytest.raises(DataError, match="with seed 0 of the images and 'array' has 3"):
+    with pytest.raises(DataError, match="with seed 0 of the images and 'array' has seed 3"):
         vp.compare([a, pair[1]], squares(100), FEW, seed=3, **QUIET)
     with pytest.raises(
         DataError, match=r"was probed on '\d+' as image 0, where '.*' has '0\d\d.png'"
     ):
         vp.compare([a, pair[1]], photos, FEW, **QUIET)
     loader = torch.utils.data.DataLoader(squares(100), batch_size=50)
-    with pytest.raises(DataError, match="with seed 0 of the images and 'DataLoader' has None"):
+    with pytest.raises(DataError, match="with seed 0 of the images and 'DataLoader' has no seed"):
         vp.compare([a, pair[1]], loader, FEW, **QUIET)
     other = vp.probe(pair[1], squares(96), tmp_path / "b.probe", FEW, **QUIET)
     with pytest.raises(
@@ -187,12 +193,12 @@ def test_other_images_are_refused(pair, probes, photos, tmp_path):
 
 
 def test_sources_of_unknown_length(pair, tmp_path):
-    def loader(n):
-        return torch.utils.data.DataLoader(squares(n), batch_size=50)
-
     made = vp.probe(pair[0], loader(80), tmp_path / "a.probe", FEW, **QUIET)
     live = vp.compare(pair, loader(80), FEW, **QUIET)
     check_same(vp.compare([vp.open_probe(made), pair[1]], loader(80), FEW, **QUIET), live)
+    other = vp.probe(pair[1], loader(80), tmp_path / "b.probe", FEW, **QUIET)
+    probes = [vp.open_probe(path) for path in (made, other)]
+    check_same(vp.compare(probes, loader(80), FEW, **QUIET), live)
     with pytest.raises(DataError, match=r"a.probe' "):
         vp.compare([vp.open_probe(made), pair[1]], loader(200), FEW, **QUIET)
 
@@ -281,7 +287,7 @@ def test_resume_after_the_last_block_has_nothing_left_to_run(
     [
         ({"block": 16}, "with block 32, where this one has 16; give the same, or remove it"),
         ({"measures": ["cka"]}, "with measures cka, attention_distance, sink_mass, where"),
-        ({"limit": 50}, "with limit None, where this one has 50"),
+        ({"limit": 50}, "with limit none, where this one has 50"),
         ({"seed": 1}, "with seed 0, where this one has 1"),
         ({"model": 1}, "with weights [0-9a-f]+…, where this one has"),
     ],
@@ -318,6 +324,81 @@ def test_a_finished_file_of_another_model_is_not_taken_for_this_one(pair, tmp_pa
         vp.probe(pair[1], squares(40), out, FEW, resume=True, **QUIET)
 
 
+def test_the_same_weights_with_other_facts_are_another_model(tmp_path, cut):
+    three, two = (tiny("a", depth=2, heads=heads) for heads in (3, 2))
+    two.module.load_state_dict(three.module.state_dict())
+    darker = replace(three, mean=(0.1, 0.1, 0.1))
+    out = vp.probe(three, squares(40), tmp_path / "a.probe", FEW, **QUIET)
+    for other, said in ((two, "heads 3, where it has 2"), (darker, "mean .* where it has 0.1")):
+        with pytest.raises(ResultError, match=rf"is of another model than 'a' \({said}"):
+            vp.probe(other, squares(40), out, FEW, resume=True, **QUIET)
+    out.unlink()
+    cut["left"] = 1
+    with pytest.raises(CutError):
+        vp.probe(three, squares(100), out, FEW, **QUIET)
+    cut["left"] = None
+    with pytest.raises(ResultError, match="with heads 3, where this one has 2"):
+        vp.probe(two, squares(100), out, FEW, resume=True, **QUIET)
+
+
+@pytest.mark.parametrize("source", [squares, loader])
+def test_resume_with_other_images_that_have_no_names(pair, tmp_path, cut, source):
+    out = tmp_path / "a.probe"
+    cut["left"] = 2
+    with pytest.raises(CutError):
+        vp.probe(pair[0], source(100), out, FEW, **QUIET)
+    cut["left"] = None
+    other = r"'\d+' in '.*' is not what an earlier pass was given; give the same images"
+    with pytest.raises(DataError, match=other):
+        vp.probe(pair[0], source(100, seed=9), out, FEW, resume=True, **QUIET)
+    vp.probe(pair[0], source(100), out, FEW, resume=True, **QUIET)
+    with pytest.raises(DataError, match=other):
+        vp.probe(pair[0], source(100, seed=9), out, FEW, resume=True, **QUIET)
+
+
+@pytest.mark.parametrize(("before", "after"), [(80, 200), (100, 80)])
+def test_resume_where_the_end_has_moved(pair, tmp_path, cut, before, after):
+    """The last block takes in a tail, which another length makes another one."""
+    images = squares(200)
+    cut["left"] = 2
+
+    def some(n):
+        return torch.utils.data.DataLoader(images[:n], batch_size=10)
+
+    def stop(*args):
+        raise CutError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ProbeWriter, "finish", stop)
+        with pytest.raises(CutError):
+            vp.probe(pair[0], some(before), tmp_path / "a.probe", FEW, **QUIET)
+    cut["left"] = None
+    with pytest.raises(DataError, match=r"which these .* are not divided into"):
+        vp.probe(pair[0], some(after), tmp_path / "a.probe", FEW, resume=True, **QUIET)
+
+
+def test_blocks_without_a_header_are_not_taken(pair, tmp_path, cut):
+    """Such as a kill may leave that comes while a folder is removed."""
+    out = tmp_path / "a.probe"
+    cut["left"] = 2
+    with pytest.raises(CutError):
+        vp.probe(pair[1], squares(100), out, FEW, **QUIET)
+    (tmp_path / "a.probe.partial" / HEADER).unlink()
+    cut.update(left=None, run=[])
+    vp.probe(pair[0], squares(100), out, FEW, resume=True, **QUIET)
+    assert cut["run"] == [("a", 0), ("a", 32), ("a", 64)]
+
+
+def test_the_images_of_a_probe_are_none_to_run_a_model_on(pair, probes, tmp_path):
+    images = vp.open_probe(probes[0]).images
+    for run in (
+        lambda: vp.compare([vp.open_probe(probes[0]), pair[1]], images, FEW, **QUIET),
+        lambda: vp.probe(pair[1], images, tmp_path / "b.probe", FEW, **QUIET),
+    ):
+        with pytest.raises(DataError, match="images of a probe file are not at hand"):
+            run()
+
+
 def test_compare_writes_probes_and_resumes(pair, photos, tmp_path, cut):
     live = vp.compare(pair, photos, FEW, **QUIET)
     folder = tmp_path / "probes"
@@ -334,6 +415,13 @@ def test_compare_writes_probes_and_resumes(pair, photos, tmp_path, cut):
     assert {name for name, _ in cut["run"]} == {"c"}
     probes = [vp.open_probe(folder / f"{name}.probe") for name in "ab"]
     check_same(vp.compare(probes, measures=FEW, **QUIET), live)
+
+
+def test_compare_begins_no_probe_file_where_another_is_taken(pair, tmp_path):
+    (tmp_path / "b.probe").write_bytes(b"taken")
+    with pytest.raises(ResultError, match=r"b.probe' exists; take it as it is by resume"):
+        vp.compare(pair, squares(8), FEW, probes=tmp_path, **QUIET)
+    assert os.listdir(tmp_path) == ["b.probe"]
 
 
 KILLED = """
@@ -415,6 +503,10 @@ def in_block(edit, number=1):
     return change
 
 
+def said(text):
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
 def set_nan(name):
     def edit(arrays):
         arrays[name].view(-1)[3] = torch.nan
@@ -439,6 +531,8 @@ def set_nan(name):
             "negative counts in 'attention.sink_mass.0.defined'",
         ),
         (in_block(lambda a: a.update(about=torch.ones(3, dtype=torch.uint8))), "damaged: "),
+        (in_block(lambda a: a.update(about=said('{"halved": [Infinity, 1]}'))), "damaged: "),
+        (in_block(lambda a: a.update(about=said("[" * 100_000))), "damaged: "),
         (lambda name, content: content[:-1] if name == member(0) else content, "cannot be read"),
     ],
 )
@@ -472,6 +566,12 @@ def put(path, value):
         put(("model", "facts"), {"depth": {}}),
         put(("model", "input_size"), [3, 1 << 40, 4]),
         put(("model", "nonfinite"), None),
+        put(("model", "assumed"), ["charm"]),
+        put(("model", "parameters"), "many"),
+        put(("model", "input_size"), [3, 32]),
+        put(("provenance", "created"), "once"),
+        put(("provenance", "device"), 5),
+        put(("provenance", "versions"), "new"),
         put(("settings", "block"), 1),
         put(("settings", "measures"), ["nonsense"]),
         put(("settings", "more"), 1),
@@ -481,6 +581,7 @@ def put(path, value):
         put(("images", "digests"), ["zz"] * 100),
         put(("images", "sha256"), "0" * 64),
         put(("images", "limit"), "ten"),
+        put(("images", "limit"), -1),
         put(("anatomy", "sites", 0, "heads"), 1 << 60),
         put(("anatomy", "sites", 0, "query_prefix"), -1),
         put(("anatomy", "sites", 0, "keys"), 9),
@@ -513,6 +614,9 @@ def test_files_that_are_no_probe_files(probes, tmp_path):
     assert vp.open_probe(same).name == "a"
     later = rewritten(probes[0], tmp_path / "later.probe", put(("format",), 99))
     with pytest.raises(ResultError, match="has format 99 and this vitprobe reads 1"):
+        vp.open_probe(later)
+    later = rewritten(probes[0], tmp_path / "later.probe", put(("format",), "two\nlines"))
+    with pytest.raises(ResultError, match=r"has format 'two\\nlines' and this vitprobe reads 1"):
         vp.open_probe(later)
     squeezed = rewritten(
         probes[0], tmp_path / "bomb.probe", lambda n, c: c, compress=zipfile.ZIP_DEFLATED

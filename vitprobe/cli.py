@@ -205,7 +205,7 @@ class Probe:
     spec: tyro.conf.Positional[str]
     """NAME=SPEC, such as MAE=mae.pth,heads=12 or DeiT=timm:deit_tiny_patch16_224."""
     images: Path
-    """Folder, zip, tar or .txt list of images."""
+    """Folder, zip, tar, tar shards ('val-{000..007}.tar') or .txt list of images."""
     out: Path
     """File to write; its name ends in .probe."""
     measures: tuple[str, ...] = ("cka", "attention_distance", "attention_entropy")

@@ -40,6 +40,7 @@ from vitprobe.models.model import Subject
 from vitprobe.models.sources import PROBE_SUFFIX
 from vitprobe.models.untrained import is_untrained, same_architecture, untrained
 from vitprobe.probe import Probe, ProbeWriter, check_finished, check_folder, open_probe
+from vitprobe.probe_file import check_free
 from vitprobe.results import Comparison
 from vitprobe.settings import DEFAULT_MEASURES, Precision, Settings
 from vitprobe.sites import described
@@ -334,6 +335,7 @@ class _Run:
         settings = asdict(self.settings) | {"progress": None, "workers": None}
         given = {
             "models": [(model.name, model.weights_sha256()) for model in self.models],
+            "probe files": [m.sha256 for m in self.models if isinstance(m, Probe)],
             "settings": settings | {"random_reference": self.random_reference},
             "groups": self.groups,
         }
@@ -358,6 +360,10 @@ class _Run:
         """Where the blocks of each model come from."""
         if self.probes is not None:
             check_folder(self.probes, [m.name for m in self.models], self.team.size)
+            # Before any is begun, so that none is left of a run that cannot be.
+            for model in self.models:
+                if isinstance(model, Model):
+                    check_free(_file(self.probes, model), resume=self.resume, force=False)
         return {model.name: self._source(model) for model in self.models}
 
     def _source(self, model: Model | Probe) -> Source:
@@ -366,7 +372,7 @@ class _Run:
         forward = Forward(model, self.settings, self.device)
         if self.probes is None:
             return Live(forward)
-        path = self.probes / f"{model.name}{PROBE_SUFFIX}"
+        path = _file(self.probes, model)
         if self.resume and path.exists():
             found = open_probe(path, name=model.name)
             check_finished(found, model, self.settings, self.images)
@@ -525,6 +531,11 @@ class _Run:
             "refused": [asdict(part) for part in self.gathered.attention.refused[model.name]],
             "probe": _probed(model) if isinstance(model, Probe) else None,
         }
+
+
+def _file(folder: Path, model: Model) -> Path:
+    """Where the probe file of a model goes."""
+    return folder / f"{model.name}{PROBE_SUFFIX}"
 
 
 def _probed(probe: Probe) -> dict[str, Any]:

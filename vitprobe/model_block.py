@@ -188,8 +188,10 @@ class ModelBlock:
         """All images have come.
 
         Raises:
-            MeasureError: a layer whose Gram matrix is not finite.
+            MeasureError: a layer whose Gram matrix is not finite, or whose attention is NaN.
         """
+        for measure in self.attention.values():
+            measure.settle()
         if self._grams:
             self.grams = torch.stack([gram for _, gram in sorted(self._grams.items())])
             self._grams.clear()

@@ -7,9 +7,11 @@ killed goes on where it was.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -32,7 +34,15 @@ from vitprobe.measures.tokens import TokenPolicy
 from vitprobe.model_block import ModelBlock, Wanted
 from vitprobe.models import Anatomy, Model
 from vitprobe.models.saved_anatomy import read_anatomy, save_anatomy
-from vitprobe.probe_file import ANATOMY, FORMAT, PartialProbe, ProbeArchive, check_free, member
+from vitprobe.probe_file import (
+    ANATOMY,
+    FORMAT,
+    PartialProbe,
+    ProbeArchive,
+    check_free,
+    member,
+    other_model,
+)
 from vitprobe.settings import DEFAULT_MEASURES, Precision, Settings
 
 _DESCRIBED: Final = (
@@ -104,7 +114,10 @@ class Probe:
         held = Wanted.of(self, self.settings)
         try:
             return from_arrays(self._archive.tensors(name), held, wanted, first, count)
-        except (ResultError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        except (
+            *(ResultError, ValueError, TypeError, LookupError, AttributeError),
+            *(OverflowError, RecursionError),
+        ) as error:
             if isinstance(error, ResultError) and str(self.path) in str(error):
                 raise
             self._archive.damaged(f"'{name}' {error}")
@@ -170,14 +183,20 @@ class ProbedImages(Images):
 
     def blocks(
         self,
-        views: object,
+        views: Iterable[View],
         size: int,
         *,
         workers: int = 2,
         done: Sequence[tuple[str, bytes]] = (),
         team: Team = ALONE,
     ) -> Iterator[Block]:
-        """The blocks of this process, without pixels."""
+        """The blocks of this process, without pixels.
+
+        Raises:
+            DataError: a model is to be run on them.
+        """
+        if list(views):
+            self._open()
         for number in range(team.rank, len(self.starts), team.size):
             named = self.named(number)
             yield Block(self.starts[number], named.names, {}, named.digests)
@@ -189,9 +208,12 @@ class ProbedImages(Images):
             ("seed", self.seed, others.seed),
         ):
             if ours != theirs:
+                had, has = (
+                    f"no {what}" if value is None else f"{what} {value}" for value in (ours, theirs)
+                )
                 raise DataError(
-                    f"'{path}' was probed with {what} {ours} of the images and {where} has "
-                    f"{theirs}; give the same {what}, or probe the model again"
+                    f"'{path}' was probed with {had} of the images and {where} has {has}; give the "
+                    f"same {what}, or probe the model again"
                 )
         if isinstance(others, ProbedImages):
             known, digests = others.used, others.digests
@@ -278,6 +300,7 @@ def describe_probe(probe: Probe) -> str:
     """What `vitprobe inspect` prints of a probe file, in plain text."""
     described, settings, images = probe.describe(), probe.settings, probe.images
     lost = f", {len(images.undecodable)} undecodable" if images.undecodable else ""
+    facts, blocks = described["facts"], len(images.starts)
     sections: dict[str, list[tuple[str, object]]] = {
         "Probe file": [
             ("file", probe.path),
@@ -290,7 +313,7 @@ def describe_probe(probe: Probe) -> str:
             ("parameters", f"{described['parameters']:,}"),
             ("weights", probe.weights),
             ("input", " x ".join(map(str, probe.input_size))),
-            *((key, fact["value"]) for key, fact in described["facts"].items()),
+            *((key, f"{fact['value']}  ({fact['evidence']})") for key, fact in facts.items()),
         ],
         "Settings": [
             ("measures", ", ".join(settings.named)),
@@ -299,7 +322,7 @@ def describe_probe(probe: Probe) -> str:
         ],
         "Images": [
             ("source", images.source),
-            ("used", f"{len(images.used)} in {len(images.starts)} blocks{lost}"),
+            ("used", f"{len(images.used)} in {blocks} block{'s' if blocks > 1 else ''}{lost}"),
             *(("limit", images.limit), ("seed", images.seed), ("sha256", images.sha256)),
         ],
     }
@@ -314,9 +337,14 @@ def _read(archive: ProbeArchive, name: str | None) -> Probe:
     model, settings = header["model"], dict(header["settings"])
     if missing := [key for key in _DESCRIBED if key not in model]:
         raise ResultError(f"its header does not say the model's {missing[0]}")
-    if not all("value" in fact for fact in model["facts"].values()):
-        raise ResultError("its header has facts of the model without a value")
-    if not all(type(size) is int and 0 < size < 1 << 16 for size in model["input_size"]):
+    if not all({"value", "evidence"} <= fact.keys() for fact in model["facts"].values()):
+        raise ResultError("its header has facts of the model without a value or its evidence")
+    if unknown := [name for name in model["assumed"] if name not in model["facts"]]:
+        raise ResultError(f"its header assumes '{unknown[0]}', which is no fact of the model")
+    if type(model["parameters"]) is not int:
+        raise ResultError("its header gives the model no number of parameters")
+    channels, height, width = model["input_size"]
+    if not all(type(size) is int and 0 < size < 1 << 16 for size in (channels, height, width)):
         raise ResultError("its header gives the model an input that is no image")
     settings["measures"] = tuple(settings["measures"])
     images = header["images"]
@@ -327,12 +355,16 @@ def _read(archive: ProbeArchive, name: str | None) -> Probe:
         or not all(a < b for a, b in zip(starts, [*starts[1:], counts], strict=True))
     ):
         raise ResultError("its header has no order in its blocks")
-    if not all(value is None or type(value) is int for value in (images["limit"], images["seed"])):
+    limit, seed = images["limit"], images["seed"]
+    if not all(value is None or (type(value) is int and value >= 0) for value in (limit, seed)):
         raise ResultError("its header has a limit or seed of the images that is no number")
     listed = ProbedImages.read(images, starts)
     if listed.sha256 != images["sha256"]:
         raise ResultError("its list of images is not what its header says")
     made = header["provenance"]
+    datetime.fromisoformat(made["created"])
+    if not isinstance(made["device"], str) or not isinstance(made["versions"], dict):
+        raise ResultError("its header does not say on what device and with what it was made")
     return Probe(
         path=archive.path,
         name=str(model["name"]) if name is None else name,
@@ -417,7 +449,9 @@ def probe(
         )
     Wanted.of(model, settings)
     if resume and Path(out).exists():
-        check_finished(open_probe(out), model, settings, source)
+        found = open_probe(out)
+        check_finished(found, model, settings, source)
+        source.check_begin(list(zip(found.images.used, found.images.digests, strict=True)))
         return Path(out)
     device_ = find_device(settings.device)
     writer = ProbeWriter(Path(out), model, settings, source, resume=resume, force=force)
@@ -473,7 +507,7 @@ class ProbeWriter:
             "settings": _kept_settings(settings),
             "images": {"source": images.source, "limit": images.limit, "seed": images.seed},
         }
-        self._partial = PartialProbe(out, about, tensors, resume=resume, force=force)
+        self._partial = PartialProbe(out, about, tensors, resume=resume)
         self._model = model
         self._held = Wanted.of(model, settings)
         self._listed = [self._images(number) for number in range(self._partial.blocks)]
@@ -569,10 +603,13 @@ def check_folder(folder: Path, names: Sequence[str], processes: int) -> None:
 
 def check_finished(found: Probe, model: Model, settings: Settings, images: Images) -> None:
     """Raise VitprobeError where a finished probe file is not of this model, or otherwise made."""
-    if found.weights != model.weights_sha256() or found.input_size != model.input_size:
+    about = json.loads(json.dumps({"weights": model.weights_sha256(), "model": model.describe()}))
+    other = other_model({"weights": found.weights, "model": found.describe()}, about)
+    if other is not None:
+        what, ours, theirs = other
         raise ResultError(
-            f"'{found.path}' is of another model than '{model.name}'; give another place, or "
-            "remove it"
+            f"'{found.path}' is of another model than '{model.name}' ({what} {ours}, where it has "
+            f"{theirs}); give another place, or remove it"
         )
     found.check(settings)
     found.images.check_same(found.path, images, f"'{images.source}'")

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -31,15 +31,14 @@ from vitprobe.models.sources import PROBE_SUFFIX
 FORMAT: Final = 1
 HEADER: Final = "header.json"
 ANATOMY: Final = "anatomy.safetensors"
+BLOCKS: Final = "blocks"
 MOST_HEADER: Final = 1 << 30
 
 
+MODEL: Final = ("weights", "model.input_size", "model.mean", "model.std")
+"""What makes a model the same one, beside the values of its facts."""
 SAME: Final = (
     "format",
-    "weights",
-    "model.input_size",
-    "model.mean",
-    "model.std",
     *(f"settings.{name}" for name in ("measures", "layers", "tokens", "block", "precision")),
     "settings.max_images",
     "images.limit",
@@ -77,8 +76,8 @@ class ProbeArchive:
             self.damaged("its header cannot be read")
         if number != FORMAT:
             raise ResultError(
-                f"'{path}' has format {number} and this vitprobe reads {FORMAT}; probe the model "
-                "again"
+                f"'{path}' has format {number!r:.40} and this vitprobe reads {FORMAT}; probe the "
+                "model again"
             )
 
     def tensors(self, name: str) -> dict[str, Tensor]:
@@ -127,12 +126,11 @@ class PartialProbe:
         out: the probe file that is to be.
         about: header, but for what is known at the end alone.
         anatomy: tensors of it.
-        resume: go on behind the blocks that an earlier run with the same `about` has left.
-        force: begin again where an earlier run has left some.
+        resume: go on behind the blocks that an earlier run with the same `about` has left, rather
+            than begin again.
 
     Raises:
-        ResultError: an earlier run has left some, and neither is asked for; or it cannot be
-            written.
+        ResultError: an earlier run has left blocks of something else; or it cannot be written.
     """
 
     def __init__(
@@ -142,17 +140,11 @@ class PartialProbe:
         anatomy: Mapping[str, Tensor],
         *,
         resume: bool,
-        force: bool,
     ) -> None:
         self.out = out
-        self.folder = out.with_name(f"{out.name}.partial")
+        self.folder = _partial(out)
         self._about = json.loads(json.dumps(about))
         if self.folder.exists() and not resume:
-            if not force:
-                raise ResultError(
-                    f"'{self.folder}' is left of a run that was cut short; go on with it by "
-                    "resume, or remove it"
-                )
             shutil.rmtree(self.folder)
         begun = (self.folder / HEADER).is_file()
         if begun:
@@ -162,6 +154,8 @@ class PartialProbe:
         except OSError as error:
             raise ResultError(f"cannot write '{self.folder}': {error.strerror}") from error
         if not begun:
+            # A folder that was being removed may have lost its header before its blocks.
+            shutil.rmtree(self.folder / BLOCKS, ignore_errors=True)
             self._write(ANATOMY, save(dict(anatomy)))
             self._write(HEADER, json.dumps(self._about).encode())
         self.blocks = 0
@@ -218,7 +212,12 @@ class PartialProbe:
 
 def member(number: int) -> str:
     """Where in a probe file the block of this number is."""
-    return f"blocks/{number:06}.safetensors"
+    return f"{BLOCKS}/{number:06}.safetensors"
+
+
+def _partial(out: Path) -> Path:
+    """The folder in which a probe file is made."""
+    return out.with_name(f"{out.name}.partial")
 
 
 def check_free(out: Path, *, resume: bool, force: bool) -> None:
@@ -229,6 +228,11 @@ def check_free(out: Path, *, resume: bool, force: bool) -> None:
         raise ResultError(f"'{out}' is a folder; give the probe file another name")
     if out.exists() and not (resume or force):
         raise ResultError(f"'{out}' exists; take it as it is by resume, or remove it")
+    if _partial(out).exists() and not (resume or force):
+        raise ResultError(
+            f"'{_partial(out)}' is left of a run that was cut short; go on with it by resume, or "
+            "remove it"
+        )
     parent = out.absolute().parent
     if not parent.is_dir():
         raise ResultError(f"cannot write '{out}': there is no folder '{parent}'")
@@ -240,18 +244,38 @@ def _check_same(folder: Path, about: Mapping[str, Any]) -> None:
     """Raise ResultError where a folder was left by a run that was otherwise made."""
     try:
         before = json.loads((folder / HEADER).read_bytes())
-        differing = [name for name in SAME if _at(before, name) != _at(about, name)]
-        values = [_at(each, name) for name in differing[:1] for each in (before, about)]
+        found = other_model(before, about) or _difference(before, about, SAME)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ResultError(
             f"'{folder}' does not say what run has left it; remove it to begin again"
         ) from error
-    if differing:
-        what = differing[0].rpartition(".")[2].replace("_", " ")
+    if found is not None:
+        what, ours, theirs = found
         raise ResultError(
-            f"'{folder}' was left by a run with {what} {_short(values[0])}, where this one has "
-            f"{_short(values[1])}; give the same, or remove it to begin again"
+            f"'{folder}' was left by a run with {what} {ours}, where this one has {theirs}; "
+            "give the same, or remove it to begin again"
         )
+
+
+def other_model(before: Mapping[str, Any], about: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    """In what the models of two headers differ, and both values in words; None: they are the same.
+
+    The same weights with other heads are another model.
+    """
+    facts = [header["model"]["facts"] for header in (before, about)]
+    names = (f"model.facts.{name}.value" for name in facts[0] if name in facts[1])
+    return _difference(before, about, (*MODEL, *names))
+
+
+def _difference(
+    before: Mapping[str, Any], about: Mapping[str, Any], names: Iterable[str]
+) -> tuple[str, str, str] | None:
+    for name in names:
+        ours, theirs = _at(before, name), _at(about, name)
+        if ours != theirs:
+            what = name.removesuffix(".value").rpartition(".")[2].replace("_", " ")
+            return what, _short(ours), _short(theirs)
+    return None
 
 
 def _at(header: Mapping[str, Any], name: str) -> Any:
@@ -263,4 +287,5 @@ def _at(header: Mapping[str, Any], name: str) -> Any:
 
 def _short(value: object) -> str:
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = "none" if value is None else text
     return text if len(text) <= 60 else f"{text[:12]}…"

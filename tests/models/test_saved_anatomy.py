@@ -60,6 +60,13 @@ def test_places_of_another_shape_are_refused():
         read_anatomy(saved, {**tensors, "0.key_xy": tensors["0.key_xy"] * torch.nan})
 
 
+def test_maps_that_fill_the_memory_are_refused():
+    saved, tensors = stored(anatomy(channel_site()))
+    saved["sites"][0] |= {"queries": 1 << 20, "keys": 1 << 20}
+    with pytest.raises(ResultError, match=r"attention layer 0 .* map of 1048576 x 1048576"):
+        read_anatomy(saved, tensors)
+
+
 def test_orders_beyond_the_tokens_are_refused():
     saved, tensors = stored(anatomy(window_site()))
     with pytest.raises(ResultError, match="'key_order' that orders no tokens"):

@@ -119,7 +119,8 @@ class Blocks:
         """The blocks, decoded in so many threads.
 
         Raises:
-            DataError: the processes do not find the same images.
+            DataError: the processes do not find the same images; what is known already are not the
+                whole blocks of these images.
         """
         done = len(self.listing.names)
         step = self.size * self.team.size
@@ -129,6 +130,7 @@ class Blocks:
             for start in count(done // step * step, step):
                 # What follows a block says whether it is the last, and what of it belongs to it.
                 self._complete(start + step + self._tail, pool)
+                self._check_whole(done)
                 first = start + self.size * self.team.rank
                 block = self._block(first, pool) if first >= done else None
                 self._forget(start + step)
@@ -151,6 +153,20 @@ class Blocks:
         """How many blocks so many images make."""
         whole, rest = divmod(images, self.size)
         return max(min(images, 1), whole + (rest >= self._tail))
+
+    def _check_whole(self, done: int) -> None:
+        """Raise DataError unless so many images are whole blocks, now that those behind are known.
+
+        Where there were others at the end, another block was the last one and took in a tail.
+        """
+        total = len(self.listing.names)
+        blocks, rest = divmod(done, self.size)
+        inside = rest == 0 and (not self._final or blocks < self._blocks(total))
+        if not (inside or (self._final and done == total)):
+            raise DataError(
+                f"an earlier pass gave whole blocks of {done} images, which these {total} are not "
+                "divided into; give the same images, or start again without what that pass has left"
+            )
 
     def _owns(self, index: int) -> bool:
         """Whether this process is to decode an image, should all before it be decodable."""
@@ -182,9 +198,9 @@ class Blocks:
             name, read = item
             future = None
             if self._owns(index):
-                future = pool.submit(_decode, read, self.views)
+                future = pool.submit(decode, read, self.views)
             elif self.length is None:
-                future = pool.submit(_decode, read, [])
+                future = pool.submit(decode, read, [])
             self._asked.append((name, future))
 
     def _settle(self) -> None:
@@ -194,7 +210,7 @@ class Blocks:
             if future is not None:
                 decoded = future.result()
                 found[place] = None if decoded is None else decoded.digest
-                if decoded is not None and decoded.views:
+                if decoded is not None and (decoded.views or not self.views):
                     self._decoded[self.listing.position + place] = decoded
         reports = self.team.exchange(found)
         if self.length is None and any(report != found for report in reports):
@@ -221,7 +237,7 @@ class Blocks:
         images = slice(first, stop)
         positions = self.listing.positions[images]
         moved = {
-            position: pool.submit(_decode, item[1], self.views)
+            position: pool.submit(decode, item[1], self.views)
             for position in positions
             if position not in self._decoded and (item := self.source(position)) is not None
         }
@@ -267,8 +283,8 @@ def resize(square: Tensor, view: View) -> Tensor:
     return resized[0].clamp(0, 1)
 
 
-def _decode(read: Read, views: Sequence[View]) -> Decoded | None:
-    """None: it cannot be decoded."""
+def decode(read: Read, views: Sequence[View]) -> Decoded | None:
+    """An image for models of these inputs; None: it cannot be decoded."""
     try:
         content, image = read()
         square = _square(image)

@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitprobe.data.archives import expand, is_pattern, list_tars, read_members
-from vitprobe.data.blocks import Block, Blocks, Listing, Read, Source, View
+from vitprobe.data.blocks import Block, Blocks, Listing, Read, Source, View, decode
 from vitprobe.distributed import ALONE, Team
 from vitprobe.errors import DataError
 
@@ -114,18 +114,41 @@ class Images:
 
         Raises:
             DataError: no image could be decoded, or arrays hold something else than images; `done`
-                is not how these images begin; the processes of a team find different images.
+                is not how these images begin, or not whole blocks of them; the processes of a team
+                find different images.
         """
         self._check_shared(team)
         self._listing = self._begun(done)
         length = None if self.names is None else len(self.names)
         wanted = list(dict.fromkeys(views))
-        listing = self._listing
-        found = Blocks(self._open(), listing, wanted, size, length, self.limit, team)
+        listing, source = self._listing, self._open()
+        self._check_last(source)
+        found = Blocks(source, listing, wanted, size, length, self.limit, team)
         yield from found.read(max(1, workers))
         if not self.used:
             what = f", such as '{self.undecodable[0]}'" if self.undecodable else ""
             raise DataError(f"none of the images in '{self.source}' can be decoded{what}")
+
+    def check_begin(self, done: Sequence[tuple[str, bytes]]) -> None:
+        """Raise DataError unless these begin with images of an earlier pass, by name and digest."""
+        self._listing = self._begun(done)
+        self._check_last(self._open())
+
+    def _check_last(self, source: Source) -> None:
+        """Raise DataError unless the last image that an earlier pass has used is what it was.
+
+        One is read again, since an array or a DataLoader has no names that tell it from another.
+        """
+        known = self._listing
+        if not known.names:
+            return
+        item = source(known.positions[-1])
+        found = None if item is None else decode(item[1], [])
+        if found is None or found.digest != known.digests[-1]:
+            raise DataError(
+                f"'{known.names[-1]}' in '{self.source}' is not what an earlier pass was given; "
+                "give the same images, or start again without what that pass has left"
+            )
 
     def _check_shared(self, team: Team) -> None:
         names = None if self.names is None else sha256("\0".join(self.names).encode()).digest()

@@ -339,10 +339,20 @@ class AttentionMeasure(Measure):
         Raises:
             MeasureError: an image that both have seen, or one of which only a part has come.
         """
+        self.settle()
+        other.settle()
         self._sums.merge(other._sums)
+
+    def settle(self) -> None:
+        """Complete the sums of what has come, so that an error in it is told here.
+
+        Raises:
+            MeasureError: attention that holds nan, or an image of which only a part has come.
+        """
 
     def kept(self) -> dict[int, np.ndarray]:
         """layer -> (images, heads) sums, fields total, defined and undefined, for `put`."""
+        self.settle()
         return self._sums.layers()
 
     def put(self, layer: int, first_image: int, sums: np.ndarray) -> None:
@@ -359,6 +369,7 @@ class AttentionMeasure(Measure):
         Raises:
             MeasureError: an image of which only a part has come.
         """
+        self.settle()
         return {
             layer: PerImage(
                 np.divide(
@@ -434,9 +445,9 @@ class RowMeasure(AttentionMeasure):
         waiting = torch.stack([part.float() for part in sums])
         self._waiting.append(_Waiting(chunk.layer, chunk.first_image, waiting, rows.shape[-1]))
         if rows.device.type == "cpu":
-            self._fetch()
+            self.settle()
 
-    def _fetch(self) -> None:
+    def settle(self) -> None:
         if not self._waiting:
             return
         waiting, self._waiting = self._waiting, []
@@ -450,19 +461,6 @@ class RowMeasure(AttentionMeasure):
             sums["total"] += total
             sums["defined"] += (part.rows - undefined).astype(np.int32)
             sums["undefined"] += undefined.astype(np.int32)
-
-    def merge(self, other: Self) -> None:
-        self._fetch()
-        other._fetch()
-        super().merge(other)
-
-    def kept(self) -> dict[int, np.ndarray]:
-        self._fetch()
-        return super().kept()
-
-    def compute(self) -> dict[int, PerImage]:
-        self._fetch()
-        return super().compute()
 
 
 class _Part(NamedTuple):
@@ -523,22 +521,9 @@ class MapMeasure(AttentionMeasure):
         sums["undefined"] = undefined
         self._sums.put(chunk.layer, chunk.first_image, sums)
 
-    def _check_finished(self) -> None:
+    def settle(self) -> None:
         for (layer, first), part in self._unfinished.items():
             raise MeasureError(
                 f"{self.info.name}: of the map of image {first} in layer {layer} only the first "
                 f"{part.queries} queries have come; give all of them"
             )
-
-    def merge(self, other: Self) -> None:
-        self._check_finished()
-        other._check_finished()
-        super().merge(other)
-
-    def kept(self) -> dict[int, np.ndarray]:
-        self._check_finished()
-        return super().kept()
-
-    def compute(self) -> dict[int, PerImage]:
-        self._check_finished()
-        return super().compute()

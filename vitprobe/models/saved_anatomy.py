@@ -14,6 +14,8 @@ from vitprobe.models.anatomy import Anatomy, Layout, Site
 
 _MOST: Final = 1 << 24
 """Largest size that is believed of a file: beyond it, what is derived from it fills the memory."""
+_MOST_MAP: Final = 1 << 28
+"""Most entries of an attention map that are believed, since uniform attention is one."""
 _TENSORS: Final = {
     "query_order": torch.int64,
     "key_order": torch.int64,
@@ -89,6 +91,8 @@ def _site(saved: Mapping[str, Any], layer: int, tensors: Mapping[str, Tensor]) -
     where = f"attention layer {layer} of its model"
     if not all(_is_size(size) for size in sizes) or 0 in sizes[:4]:
         raise ResultError(f"{where} has no size")
+    if site.queries * site.keys > _MOST_MAP:
+        raise ResultError(f"{where} has a map of {site.queries} x {site.keys}, more than there are")
     queries, keys = site.queries - site.query_prefix, site.keys - site.key_prefix
     shapes = {
         "query_order": (site.queries,),

@@ -429,7 +429,26 @@ def _card(result: Comparison, name: str) -> dict[str, Any]:
         "headline": headline,
         "loading": _loading(description["report"]),
         "nonfinite": description["nonfinite"],
+        "probe": _probe(description.get("probe")),
     }
+
+
+def _probe(probe: dict[str, Any] | None) -> str:
+    """What was read in place of the model, and when and where it had been run."""
+    if probe is None:
+        return ""
+    made = datetime.fromisoformat(probe["created"])
+    versions = join(
+        [
+            f"{name} {probe['versions'][name]}"
+            for name in ("vitprobe", "torch")
+            if name in probe["versions"]
+        ]
+    )
+    return (
+        f"Not run here: read from the probe file {probe['file']}, made on {made.day} {made:%B %Y} "
+        f"on {probe['device']} with {versions}."
+    )
 
 
 def _facts(facts: dict[str, dict[str, Any]]) -> list[tuple[str, str, str, bool]]:
