@@ -26,7 +26,8 @@ def cramped(name, most, error=torch.OutOfMemoryError, seed=0):
     def check(module, args):
         given.append(len(args[0]))
         if len(args[0]) > most:
-            raise error("CUDA out of memory" if error is torch.OutOfMemoryError else CPU_WORDS)
+            words = {torch.OutOfMemoryError: "CUDA out of memory", RuntimeError: CPU_WORDS}
+            raise error(words.get(error, ""))
 
     model.module.blocks[-1].register_forward_pre_hook(check)
     return model, given
@@ -47,7 +48,7 @@ def close(found, expected):
                 ), name
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError, MemoryError])
 def test_out_of_memory_halves_the_passes_and_changes_no_number(error):
     measures = ["cka", "attention_distance", "token_cosine", "rankme"]
     whole = vp.compare([tiny("a", depth=2), tiny("b", depth=2)], squares(96), measures, **QUIET)

@@ -461,6 +461,9 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt as stop:
         _complain(str(stop) or "interrupted")
         status = 130
+    except MemoryError:
+        _complain("memory ran out; give a smaller --batch-size or --block, or fewer models at once")
+        status = 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0

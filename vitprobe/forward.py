@@ -71,10 +71,10 @@ class Forward:
                     f"model '{self.model.name}', block {first // self._settings.block} of the "
                     f"images: {error}; check its weights with 'vitprobe inspect'"
                 ) from error
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not _no_room(error):
                     raise
-                where = str(error).partition("\n")[0]
+                where = str(error).partition("\n")[0] or "out of memory"
             # Only here is what the failed pass held free again.
             self._halve(step, where)
 
@@ -125,9 +125,9 @@ class Forward:
         )
 
 
-def _no_room(error: RuntimeError) -> bool:
+def _no_room(error: RuntimeError | MemoryError) -> bool:
     """Whether a device, of whatever kind, said that its memory does not suffice."""
     said = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or any(
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
         words in said for words in ("out of memory", "can't allocate memory", "not enough memory")
     )
