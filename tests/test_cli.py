@@ -557,12 +557,11 @@ def test_what_pretrain_cannot_do_is_one_line(run, arguments, message, tmp_path):
     assert left_behind(tmp_path) == []
 
 
-def test_memory_that_runs_out_is_told_in_a_sentence(monkeypatch, capsys):
+def test_memory_that_runs_out_is_told_in_a_sentence(run, monkeypatch):
     def full(self):
         raise MemoryError
 
     monkeypatch.setattr(cli.Inspect, "run", full)
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["inspect", "any.pth"])
-    assert stop.value.code == 2
-    assert "memory ran out; give a smaller --batch-size" in capsys.readouterr().err
+    status, _, told = run("inspect", "any.pth")
+    assert status == 2
+    assert "memory ran out; give a smaller --batch-size" in told
