@@ -225,6 +225,7 @@ class Team:
         try:
             yield
         except Exception as error:
+            # Of whatever kind: the others would wait for this process in vain.
             if self.size == 1 or isinstance(error, ElsewhereError) or error in self.told:
                 raise
             self.told.append(error)

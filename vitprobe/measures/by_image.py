@@ -78,7 +78,7 @@ class ByImage:
         return {"name": self._name, "dtype": self._dtype, "layers": layers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["name"], state["dtype"])  # type: ignore[misc]
+        self._name, self._dtype, self._layers = state["name"], state["dtype"], {}
         for layer, (images, rows) in state["layers"].items():
             first = int(images[0]) if len(images) else 0
             count = int(images[-1]) - first + 1 if len(images) else 0
