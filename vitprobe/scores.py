@@ -1,0 +1,166 @@
+"""What checkpoints are worth for a task: tidy rows, saved as JSON and joined to comparisons.
+
+Every evaluation of `vitprobe.evaluation` ends in `Scores`. A row is one number of one model under
+one protocol, with its interval over test images; several runs that differ in the seed alone are
+summarised by `over_seeds`, with seeds as the unit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+
+from vitprobe.errors import ResultError
+from vitprobe.files import replacing
+from vitprobe.statistics import t_interval
+
+FORMAT: Final = 1
+FILE: Final = "scores.json"
+"""Name of the file in the folder of an evaluation."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of one model.
+
+    model: its name. spec: the text it was loaded from. sha256: of the checkpoint file, "" if none.
+    protocol: "head", "knn", "linear", "finetune", "transfer", "detection", "segmentation".
+    dataset: what it was tested on. images: how many of its test images.
+    metric: such as "top1" (a share of 1), "box_ap", "miou". value, low, high: with the ends of the
+        95 % interval over test images, nan where there is none.
+    labels: share of the training labels that was used.
+    seed: of the draws of the evaluation.
+    layer: whose features were used, 0 … L as everywhere; None for the model's output.
+    kept: pre-trained blocks that were kept, the others being drawn anew; None for all of them.
+    settings: what else decides the number, such as {"k": 20}, as JSON values.
+    """
+
+    model: str
+    spec: str
+    protocol: str
+    dataset: str
+    images: int
+    metric: str
+    value: float
+    low: float = float("nan")
+    high: float = float("nan")
+    sha256: str = ""
+    labels: float = 1.0
+    seed: int = 0
+    layer: int | None = None
+    kept: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+_UNIT: Final = ("protocol", "dataset", "metric", "labels", "layer", "kept")
+"""What rows must share to be seeds of one number."""
+
+
+class Scores:
+    """Rows of evaluations, and what made them.
+
+    Attributes:
+        rows: the scores in the order they were made.
+        provenance: versions, command, device and precision of each evaluation that went in.
+    """
+
+    def __init__(self, rows: Iterable[Score], provenance: Sequence[Mapping[str, Any]] = ()) -> None:
+        self.rows = tuple(rows)
+        self.provenance = tuple(dict(one) for one in provenance)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        models = dict.fromkeys(row.model for row in self.rows)
+        protocols = dict.fromkeys(row.protocol for row in self.rows)
+        return f"Scores({len(self)} of {', '.join(models)} by {', '.join(protocols)})"
+
+    def __add__(self, other: Scores) -> Scores:
+        """Both, those of `self` first; a row that both hold is kept once."""
+        rows = {json.dumps(asdict(row)): row for row in (*self.rows, *other.rows)}
+        known = {json.dumps(one, sort_keys=True): one for one in self.provenance + other.provenance}
+        return Scores(rows.values(), tuple(known.values()))
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row a score; `settings` as JSON text."""
+        names = [one.name for one in fields(Score)]
+        table = pd.DataFrame([asdict(row) for row in self.rows], columns=names)
+        table["settings"] = [json.dumps(row.settings, sort_keys=True) for row in self.rows]
+        return table.astype({"layer": "Int64", "kept": "Int64", "value": float})
+
+    def over_seeds(self, groups: Mapping[str, Sequence[str]], level: float = 0.95) -> pd.DataFrame:
+        """Means over the models of each group, with Student's t interval (seeds - 1 degrees).
+
+        Args:
+            groups: names of the models that are seeds of one method, by the method's name; rows of
+                one model under several evaluation seeds are averaged first.
+            level: of the interval.
+
+        Returns:
+            A row for each group, protocol, dataset, metric, share of labels, layer and kept blocks:
+            `value`, `low`, `high` (nan for one seed), `seeds`.
+        """
+        table = self.to_dataframe()
+        made = []
+        for name, members in groups.items():
+            own = table[table["model"].isin(members)]
+            for key, rows in own.groupby(list(_UNIT), dropna=False, sort=False):
+                found = t_interval(rows.groupby("model", sort=False)["value"].mean(), level)
+                made.append(
+                    {
+                        "model": name,
+                        **dict(zip(_UNIT, key, strict=True)),
+                        "value": float(found.value),
+                        "low": float(found.low),
+                        "high": float(found.high),
+                        "seeds": int(found.number),
+                    }
+                )
+        return pd.DataFrame(made, columns=["model", *_UNIT, "value", "low", "high", "seeds"])
+
+    def save(self, path: str | Path) -> Path:
+        """Write JSON that `open_scores` reads, whole or not at all.
+
+        Raises:
+            ResultError: the file cannot be written.
+        """
+        path = Path(path)
+        rows = [{k: None if v != v else v for k, v in asdict(row).items()} for row in self.rows]
+        data = {"format": FORMAT, "rows": rows, "provenance": list(self.provenance)}
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(data, indent=1, allow_nan=False), encoding="utf-8")
+        return path
+
+
+def open_scores(path: str | Path) -> Scores:
+    """Scores from a file that `Scores.save` wrote, or from the folder of an evaluation.
+
+    Raises:
+        ResultError: no such file, or it holds something else.
+    """
+    path = Path(path)
+    path = path / FILE if path.is_dir() else path
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ResultError(f"no scores '{path}'; make them with vitprobe evaluate") from error
+    except (OSError, ValueError) as error:
+        raise ResultError(f"cannot read the scores '{path}': {error}") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ResultError(f"'{path}' holds no scores of format {FORMAT}")
+    try:
+        return Scores(map(_score, data["rows"]), data["provenance"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ResultError(f"the scores '{path}' are damaged ({error})") from error
+
+
+def _score(row: Mapping[str, Any]) -> Score:
+    numbers = {k: np.nan if row[k] is None else float(row[k]) for k in ("value", "low", "high")}
+    return Score(**{**row, **numbers})
