@@ -24,7 +24,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import tyro
 
 from vitprobe.commands.arguments import check_output, named
-from vitprobe.commands.evaluate_features import EvaluateHead, EvaluateKnn
+from vitprobe.commands.evaluate_features import (
+    EvaluateFrozen,
+    EvaluateHead,
+    EvaluateKnn,
+    EvaluateLinear,
+)
 from vitprobe.errors import DataError, ElsewhereError, ResultError, SourceError, VitprobeError
 from vitprobe.models.sources import parse_spec
 
@@ -397,6 +402,8 @@ class Runs:
 Protocol = (
     Annotated[EvaluateHead, tyro.conf.subcommand("head")]
     | Annotated[EvaluateKnn, tyro.conf.subcommand("knn")]
+    | Annotated[EvaluateLinear, tyro.conf.subcommand("linear")]
+    | Annotated[EvaluateFrozen, tyro.conf.subcommand("frozen")]
 )
 
 
