@@ -1,5 +1,5 @@
-"""The study: train the systems that Wang et al. (2023) compare on Fashion-MNIST, score them, compare
-them. Every step is resumable, and what is done is left alone.
+"""The study: train the systems that Wang et al. (2023) compare, on Fashion-MNIST, score them, and
+compare them. Every step is resumable, and what is done is left alone.
 
     python -m analyses.fashion.study --schedule cpu --runs runs
     python -m analyses.fashion.study --schedule cpu --runs runs --stages train --only mae-0 dmae-0
