@@ -49,6 +49,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """What F7 sets against D-MAE of seed 0."""
 STAGES = ("train", "evaluate", "compare")
+KEPT = (0, 3, 6, 9)
+"""Pre-trained blocks kept, for the figure of which layers matter; fine-tuning keeps all 12."""
+LABELS = (1.0, 0.1, 0.01)
+"""Shares of the training labels that fine-tuning uses."""
+PRETRAINED = ("mae", "dmae", "mocov3", "dino")
+RANDOM = "random"
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,8 @@ class Job:
     """A command whose outcome is a file; it is not run again where that file is.
 
     after: names of the jobs whose outcome it reads.
+    resumable: with this file there, the command is told to resume.
+    needs: a file without which it is left out.
     """
 
     name: str
@@ -98,7 +106,7 @@ class Job:
     outcome: Path
     after: tuple[str, ...] = ()
     resumable: Path | None = None
-    """With this file there, the command is told to resume."""
+    needs: Path | None = None
 
 
 @dataclass
@@ -121,7 +129,13 @@ def main(study: Study) -> None:
     jobs = []
     if "train" in study.stages:
         jobs += training(schedule, runs, subset)
+    if "evaluate" in study.stages:
+        jobs += evaluation(schedule, runs, subset)
     _run(_chosen(jobs, study.only), schedule.jobs)
+    if "compare" in study.stages:
+        from analyses.fashion.compare import results
+
+        results(schedule, runs, subset, HERE / "results")
 
 
 def training(schedule: Schedule, runs: Path, data: Path) -> list[Job]:
@@ -153,6 +167,80 @@ def _pretraining(name: str, system: str, overrides: dict[str, Any], runs: Path, 
     return Job(name, command, runs / name / "encoder.safetensors", after, runs / name / "state.pt")
 
 
+def evaluation(schedule: Schedule, runs: Path, data: Path) -> list[Job]:
+    """Features first, which are cheap; then what the figures need most."""
+    systems = (*SYSTEMS, RANDOM)
+    seeds = {s: schedule.seeds_of(s if s != RANDOM else "mae") for s in systems}
+    jobs = []
+    for protocol in ("knn", "linear"):
+        for system in systems:
+            jobs += [_scoring(protocol, system, seed, [], runs, data) for seed in seeds[system]]
+    for protocol in ("knn", "linear"):
+        for system in systems:
+            jobs.append(_scoring(protocol, system, 0, ["--layers"], runs, data, "-layers"))
+    for variant in VARIANTS:
+        jobs += [_scoring(p, f"dmae-{variant}", 0, [], runs, data) for p in ("knn", "linear")]
+    tuned = (RANDOM, *PRETRAINED)
+    for seed in range(schedule.seeds):
+        for labels in LABELS:
+            for system in tuned:
+                if seed in seeds[system]:
+                    jobs.append(_finetuning(system, seed, labels, None, schedule, runs, data))
+        if seed == 0:
+            for labels in (LABELS[0], LABELS[-1]):
+                for kept in KEPT:
+                    for system in ("mae", "mocov3", "dmae"):
+                        jobs.append(_finetuning(system, 0, labels, kept, schedule, runs, data))
+    return jobs
+
+
+def model_spec(system: str, seed: int, runs: Path) -> tuple[str, str, Path]:
+    """Name and spec of a model of the study, and the file that it waits for.
+
+    The untrained encoders are those that the MAEs started from.
+    """
+    if system == RANDOM:
+        path = runs / f"mae-{seed}" / "snapshots" / "epoch_0000.safetensors"
+        return f"Random {seed}", str(path), path
+    run = runs / (system if system.startswith("dmae-") else f"{system}-{seed}")
+    name = NAMES.get(system) or f"D-MAE, {system.removeprefix('dmae-')}"
+    return f"{name} {seed}", f"run:{run}", run / "encoder.safetensors"
+
+
+def _scoring(
+    protocol: str,
+    system: str,
+    seed: int,
+    options: list[str],
+    runs: Path,
+    data: Path,
+    suffix: str = "",
+) -> Job:
+    name, spec, needed = model_spec(system, seed, runs)
+    job = f"{protocol}-{system}-{seed}{suffix}"
+    out = runs / "scores" / job
+    command = ["evaluate", protocol, f"{name}={spec}", "--data", str(data), "--out", str(out)]
+    return Job(job, [*command, *options], out / "scores.json", needs=needed)
+
+
+def _finetuning(
+    system: str,
+    seed: int,
+    labels: float,
+    kept: int | None,
+    schedule: Schedule,
+    runs: Path,
+    data: Path,
+) -> Job:
+    name, spec, needed = model_spec(system, seed, runs)
+    job = f"finetune-{system}-{seed}-{labels:g}" + ("" if kept is None else f"-kept{kept}")
+    out = runs / "scores" / job
+    command = ["evaluate", "finetune", f"{name}={spec}", "--data", str(data), "--out", str(out)]
+    command += ["--recipe", "fashion_finetune", "--labels", str(labels), "--seed", str(seed)]
+    command += [] if kept is None else ["--kept", str(kept)]
+    return Job(job, command, out / "scores.json", resumable=out / "state.pt", needs=needed)
+
+
 def _toml(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
@@ -182,6 +270,9 @@ def _do(job: Job, waits: Iterable[Future[None]]) -> None:
         future.result()
     if job.outcome.exists():
         _say(f"{job.name}: done before")
+        return
+    if job.needs is not None and not job.needs.exists():
+        _say(f"{job.name}: left out, since there is no '{job.needs}'")
         return
     resume = ["--resume"] if job.resumable is not None and job.resumable.exists() else []
     _say(f"{job.name}: {'goes on' if resume else 'starts'}")
