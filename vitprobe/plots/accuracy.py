@@ -86,7 +86,8 @@ def accuracy(
                 y = place + step * (index - (len(points) - 1) / 2)
                 style = looks.style(kind)
                 color = style["color"]
-                axes.plot([point.low, point.high], [y, y], color=color, lw=1.1, gid="interval")
+                line = {"color": color, "lw": 1.1, "ls": style.get("linestyle", "-")}
+                axes.plot([point.low, point.high], [y, y], gid="interval", **line)
                 axes.plot(
                     [point.value], [y], color=color, marker=style.get("marker", "o"), ms=3.6,
                     mfc=color if looks.trained(kind) else "white", mew=0.9, ls="",
@@ -237,7 +238,7 @@ def _labels(table: pd.DataFrame) -> list[str]:
         parts += [_METRICS.get(row["metric"], row["metric"]).lower()] if "metric" in several else []
         parts += [f"{100 * row['labels']:.3g} % of labels"] if row["labels"] < 1 else []
         keys = dict.fromkeys(varying[row["protocol"]])
-        parts += [f"{key} {row[key]}" for key in keys if key in row]
+        parts += [f"{key} = {row[key]}" for key in keys if key in row]
         made.append(", ".join(parts))
     return made
 
