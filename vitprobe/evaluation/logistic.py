@@ -26,8 +26,10 @@ from vitprobe.devices import exact_products
 
 # Logits held at once: 256 MiB of float32.
 _MOST_LOGITS: Final = 2**26
-# Relative decrease of the loss at which to stop: float32 sums leave no room for less.
-_TOLERANCE: Final = 1e-7
+EXACT: Final = 1e-7
+"""Relative decrease of the loss at which to stop: float32 sums leave no room for less."""
+ROUGH: Final = 1e-5
+"""One by which to tell penalties apart, at half the steps."""
 _STEPS: Final = 500
 
 
@@ -77,15 +79,19 @@ class Regression:
         self._variances = values.clamp(min=0)
         self._directions = vectors
 
-    def path(self, strengths: Sequence[float]) -> Iterator[tuple[float, Classifier]]:
+    def path(
+        self, strengths: Sequence[float], tolerance: float = EXACT
+    ) -> Iterator[tuple[float, Classifier]]:
         """The classifier for each strength, from the largest down, each begun at the last one's."""
         weight = torch.zeros(self._features.shape[1], self._classes, device=self._features.device)
         bias = torch.zeros(self._classes, device=self._features.device)
         for l2 in sorted(strengths, reverse=True):
-            weight, bias = self._solve(l2, weight, bias)
+            weight, bias = self._solve(l2, weight, bias, tolerance)
             yield l2, Classifier(self._mean, self._scale, weight, bias)
 
-    def _solve(self, l2: float, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    def _solve(
+        self, l2: float, weight: Tensor, bias: Tensor, tolerance: float
+    ) -> tuple[Tensor, Tensor]:
         p, classes = weight.shape
         device = weight.device
         # Curvature of the cross-entropy where all classes are equally probable.
@@ -107,7 +113,7 @@ class Regression:
         inverse = (self._directions * scales).float().to(device).T
         with exact_products(), torch.autocast(device.type, enabled=False):
             start = torch.cat([(inverse @ weight).flatten(), bias]).cpu().double().numpy()
-            options: Any = {"maxiter": _STEPS, "ftol": _TOLERANCE, "gtol": 1e-6}
+            options: Any = {"maxiter": _STEPS, "ftol": tolerance, "gtol": 1e-6}
             found = minimize(objective, start, jac=True, method="L-BFGS-B", options=options)
             if found.nit >= _STEPS:
                 warnings.warn(
