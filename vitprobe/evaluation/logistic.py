@@ -131,12 +131,13 @@ class Regression:
         slope, slope_bias = torch.zeros_like(weight), torch.zeros_like(bias)
         size = max(1, _MOST_LOGITS // classes)
         for rows, labels in zip(self._features.split(size), self._labels.split(size), strict=True):
-            log_p = (rows @ weight + bias).log_softmax(dim=1)
-            loss -= log_p.gather(1, labels[:, None]).sum(dtype=loss.dtype)
+            # Classes first: softmax over a short last axis takes ten times as long.
+            log_p = torch.addmm(bias[:, None], weight.T, rows.T).log_softmax(dim=0)
+            loss -= log_p.gather(0, labels[None]).sum(dtype=loss.dtype)
             error = log_p.exp()
-            error[torch.arange(len(rows), device=rows.device), labels] -= 1
-            slope += rows.T @ error
-            slope_bias += error.sum(dim=0)
+            error[labels, torch.arange(len(rows), device=rows.device)] -= 1
+            slope += (error @ rows).T
+            slope_bias += error.sum(dim=1)
         return float(loss) / n, slope / n, slope_bias / n
 
 
