@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
 import warnings
 
@@ -104,8 +105,11 @@ def test_scores_go_with_a_comparison(run, files, monkeypatch, tmp_path):
     model = vp.load("a.pth,heads=3", name="A")
     vp.compare([model], squares(8), ["cka"], progress=False, device="cpu").save("result.nc")
     given = {}
+    # The package's name is that of the function, as seen from vitprobe.
     monkeypatch.setattr(
-        "vitprobe.report.report", lambda result, out, **_: given.update(r=result) or out
+        importlib.import_module("vitprobe.report"),
+        "report",
+        lambda result, out, **_: given.update(r=result) or out,
     )
     both = ("--scores", "A", "elsewhere")
     assert run("report", "result.nc", "--out", "page", *both)[0] == 0
