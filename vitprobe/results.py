@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from vitprobe import tables
+from vitprobe import notebook, tables
 from vitprobe.datasets import by_head, columns, pair
 from vitprobe.errors import ResultError, suggest
 from vitprobe.files import replacing
@@ -589,6 +589,9 @@ class Comparison:
     def __repr__(self) -> str:
         images = self.provenance["images"]["count"]
         return f"Comparison({', '.join(self.models)}; {images} images; {', '.join(self.measures)})"
+
+    def _repr_html_(self) -> str:
+        return notebook.of_comparison(self)
 
     def _index(self, name: str) -> int:
         if name not in self.models:
