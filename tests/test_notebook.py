@@ -52,7 +52,8 @@ def loaded(tmp_path_factory):
 
 
 def shown() -> dict[str, object]:
-    result = comparison({HOSTILE: Subject(2), "B": Subject(3, assumed=("heads",))}, notes=(HOSTILE,))
+    subjects = {HOSTILE: Subject(2), "B": Subject(3, assumed=("heads",))}
+    result = comparison(subjects, notes=(HOSTILE,))
     return {"comparison": result, "scores": Scores([replace(SCORE, model=HOSTILE)] * 25)}
 
 

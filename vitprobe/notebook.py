@@ -22,7 +22,8 @@ Rows = Iterable[Sequence[Any]]
 _STYLE = Markup("""<style>
 .vitprobe-card{max-width:60em;overflow-x:auto;font-size:.9em;line-height:1.45;color:inherit}
 .vitprobe-card table{border-collapse:collapse;margin:.2em 0 .5em;background:none;color:inherit}
-.vitprobe-card caption{caption-side:top;text-align:left;font-weight:600;padding:.2em 0;color:inherit}
+.vitprobe-card caption{caption-side:top;text-align:left;font-weight:600;padding:.2em 0;
+ color:inherit}
 .vitprobe-card th,.vitprobe-card td{text-align:left;vertical-align:top;padding:.15em 1em .15em 0;
  border:0;border-bottom:1px solid rgba(128,128,128,.35);background:none;color:inherit}
 .vitprobe-card th{font-weight:600;white-space:nowrap}
@@ -241,4 +242,5 @@ def _folded(summary: str, inside: Markup) -> Markup:
 
 
 def _card(parts: Iterable[Markup]) -> str:
-    return str(Markup('<div class="vitprobe-card">{}{}</div>').format(_STYLE, Markup("").join(parts)))
+    card = Markup('<div class="vitprobe-card">{}{}</div>')
+    return str(card.format(_STYLE, Markup("").join(parts)))
