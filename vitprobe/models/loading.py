@@ -23,11 +23,10 @@ from vitprobe.models.folders import read_saved
 from vitprobe.models.huggingface_models import load_huggingface
 from vitprobe.models.inert import as_mapping
 from vitprobe.models.model import ASSUMED, Claims, Fact, Model, module_facts, statistics_facts
-from vitprobe.models.sources import OPTIONS, ModelSpec, parse_spec, read_option
+from vitprobe.models.sources import OPTIONS, RUN_ENCODER, ModelSpec, parse_spec, read_option
 from vitprobe.models.timm_models import configured_statistics, load_timm
 from vitprobe.models.torchvision_models import load_torchvision
 
-RUN_ENCODER = "encoder.safetensors"
 _LIBRARIES = {
     "timm": load_timm,
     "init": load_timm,
@@ -71,15 +70,16 @@ def load(
     if parsed.kind in _LIBRARIES:
         return _LIBRARIES[parsed.kind](parsed, name)
     path = Path(parsed.target)
+    stem = _SUFFIXES.sub("", path.name)
     if parsed.kind == "run":
-        run, path = path, path / RUN_ENCODER
+        path = path / RUN_ENCODER
+    if parsed.kind == "run" or (parsed.kind == "init_file" and path.name == RUN_ENCODER):
         if not os.path.isfile(path):
             raise SourceError(
-                f"'{parsed.target}' is not a finished run of vitprobe pretrain: it holds no "
+                f"'{path.parent}' is not a finished run of vitprobe pretrain: it holds no "
                 f"{RUN_ENCODER}."
             )
-        name = name or run.resolve().name
-    stem = _SUFFIXES.sub("", path.name)
+        stem = path.parent.resolve().name
     return _load_file(
         path, parsed, name or (f"init:{stem}" if parsed.kind == "init_file" else stem)
     )

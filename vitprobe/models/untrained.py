@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from vitprobe.errors import SourceError
-from vitprobe.models.loading import RUN_ENCODER, load
+from vitprobe.models.loading import load
 from vitprobe.models.model import Model, Subject
-from vitprobe.models.sources import LIBRARIES, RANDOM, parse_spec
+from vitprobe.models.sources import LIBRARIES, RANDOM, RUN_ENCODER, parse_spec
 
 # What decides over an encoder and cannot be seen in the shapes of its tensors.
 _FACTS = ("heads", "norm_eps", "activation")
