@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 PROTOCOLS: Final = {
     "head": "vitprobe.evaluation.head.Head",
     "knn": "vitprobe.evaluation.nearest.Knn",
+    "finetune": "vitprobe.evaluation.finetune.Finetune",
 }
 """Where each is; loaded when it is asked for."""
 
