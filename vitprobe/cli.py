@@ -24,7 +24,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import tyro
 
 from vitprobe.commands.arguments import check_output, named, override
-from vitprobe.commands.evaluate_features import EvaluateHead, EvaluateKnn
+from vitprobe.commands.evaluate_features import (
+    EvaluateFrozen,
+    EvaluateHead,
+    EvaluateKnn,
+    EvaluateLinear,
+)
 from vitprobe.commands.evaluate_finetune import EvaluateFinetune
 from vitprobe.errors import DataError, ElsewhereError, ResultError, SourceError, VitprobeError
 from vitprobe.models.sources import parse_spec
@@ -40,17 +45,19 @@ _LEADS = os.environ.get("RANK", "0") == "0"
 
 @dataclass
 class Demo:
-    """Train four small ViTs on handwritten digits and compare them; nothing is downloaded."""
+    """Compare the encoders that come with vitprobe; nothing is downloaded."""
 
     out: Path = Path("demo")
-    """Folder for the runs and the report."""
+    """Folder for the report, and for the runs of --train."""
+    train: bool = False
+    """Train four small ViTs on handwritten digits, and compare those."""
     force: bool = False
     """Replace what an earlier demo left there."""
 
     def run(self) -> str:
         from vitprobe.demo import demo
 
-        return str(demo(self.out, force=self.force))
+        return str(demo(self.out, train=self.train, force=self.force))
 
 
 @dataclass
@@ -398,6 +405,8 @@ class Runs:
 Protocol = (
     Annotated[EvaluateHead, tyro.conf.subcommand("head")]
     | Annotated[EvaluateKnn, tyro.conf.subcommand("knn")]
+    | Annotated[EvaluateLinear, tyro.conf.subcommand("linear")]
+    | Annotated[EvaluateFrozen, tyro.conf.subcommand("frozen")]
     | Annotated[EvaluateFinetune, tyro.conf.subcommand("finetune")]
 )
 
