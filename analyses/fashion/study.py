@@ -211,7 +211,7 @@ def _frozen(system: str, seed: int, layers: bool, runs: Path, data: Path) -> Job
     job = f"frozen-{system}-{seed}"
     out = runs / "scores" / job
     command = ["evaluate", "frozen", f"{name}={spec}", "--data", str(data), "--out", str(out)]
-    command += ["--layers", "normed"] if layers else []
+    command += ["--l2", "1e-2", "1e-3", "1e-4", *(["--layers", "normed"] if layers else [])]
     return Job(job, command, out / "scores.json", needs=needed)
 
 
