@@ -30,7 +30,11 @@ from vitprobe.commands.evaluate_features import (
     EvaluateKnn,
     EvaluateLinear,
 )
-from vitprobe.commands.evaluate_finetune import EvaluateFinetune
+from vitprobe.commands.evaluate_finetune import (
+    EvaluateFinetune,
+    EvaluateLayers,
+    EvaluateTransfer,
+)
 from vitprobe.errors import DataError, ElsewhereError, ResultError, SourceError, VitprobeError
 from vitprobe.models.sources import parse_spec
 
@@ -421,6 +425,8 @@ Protocol = (
     | Annotated[EvaluateLinear, tyro.conf.subcommand("linear")]
     | Annotated[EvaluateFrozen, tyro.conf.subcommand("frozen")]
     | Annotated[EvaluateFinetune, tyro.conf.subcommand("finetune")]
+    | Annotated[EvaluateTransfer, tyro.conf.subcommand("transfer")]
+    | Annotated[EvaluateLayers, tyro.conf.subcommand("layers")]
 )
 
 

@@ -24,6 +24,8 @@ PROTOCOLS: Final = {
     "linear": "vitprobe.evaluation.linear.Linear",
     "frozen": "vitprobe.evaluation.frozen.Frozen",
     "finetune": "vitprobe.evaluation.finetune.Finetune",
+    "transfer": "vitprobe.evaluation.transfer.Transfer",
+    "layers": "vitprobe.evaluation.layers.Layers",
 }
 """Where each is; loaded when it is asked for."""
 

@@ -47,7 +47,7 @@ from vitprobe.training.run import differences, fingerprint
 from vitprobe.training.state import previous
 
 LEAST_UPDATES: Final = 500
-"""Updates that a few labels are trained for at least, unless the epochs are given."""
+"""Updates that few labels are trained for, unless updates or epochs are given."""
 _FEWEST: Final = 32
 """Images to which a batch is halved at least, where there are so many."""
 _UPDATES_AN_EPOCH: Final = 4
@@ -67,8 +67,8 @@ class Finetune(Learning):
     recipe: name of a bundled recipe or path of a TOML file, whose method is "finetune".
     overrides: of its keys, {"epochs": 20}.
     kept: pre-trained blocks that are kept, see `FinetuneConfig`; None for all.
-    updates: the fewest that are made. Where the recipe's epochs make fewer they are raised, and the
-        warm-up with them; None for 500, or as many as there are where `overrides` gives the epochs.
+    updates: so many are made, in whole epochs, whatever the recipe's epochs; None for as many as
+        its epochs make, but 500 at least where `overrides` does not give the epochs.
     keep_state: leave the state of training, 3 times the weights twice over, in the folder.
 
     With few labels the recipe's batch is halved until an epoch has 4 updates, but not below 32
@@ -90,8 +90,10 @@ class Finetune(Learning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.updates is not None and self.updates < 0:
-            raise RecipeError(f"updates must be at least 0, not {self.updates}.")
+        if self.updates is not None and self.updates < 1:
+            raise RecipeError(f"updates must be at least 1, not {self.updates}.")
+        if self.updates is not None and "epochs" in self.overrides:
+            raise RecipeError("Give updates or epochs, not both: the one decides the other.")
         if self.kept is not None and self.kept < 0:
             raise RecipeError(f"kept must be at least 0, not {self.kept}.")
 
@@ -182,13 +184,13 @@ class Finetune(Learning):
         if "batch_size" not in self.overrides:
             batch = fitting_batch(batch, images, recipe.accumulate * distributed.launched())
             changes["batch_size"] = batch
-        epochs, per_epoch = recipe.epochs, images // batch
-        least = self.updates
-        if least is None:
-            least = 0 if "epochs" in self.overrides else LEAST_UPDATES
-        if per_epoch and epochs * per_epoch < least:
-            epochs = -(-least // per_epoch)
-            changes["epochs"] = epochs
+        # A batch of more than all images is refused where the run is made.
+        epochs, per_epoch = recipe.epochs, max(1, images // batch)
+        if self.updates is not None:
+            epochs = -(-self.updates // per_epoch)
+        elif "epochs" not in self.overrides:
+            epochs = max(epochs, -(-LEAST_UPDATES // per_epoch))
+        changes["epochs"] = epochs
         if "optimizer.warmup_epochs" not in self.overrides and own.epochs:
             share = own.optimizer.warmup_epochs / own.epochs
             changes["optimizer.warmup_epochs"] = share * epochs
