@@ -23,8 +23,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import tyro
 
+from vitprobe.commands.arguments import check_output, named, override
+from vitprobe.commands.evaluate_features import (
+    EvaluateFrozen,
+    EvaluateHead,
+    EvaluateKnn,
+    EvaluateLinear,
+)
+from vitprobe.commands.evaluate_finetune import EvaluateFinetune
 from vitprobe.errors import DataError, ElsewhereError, ResultError, SourceError, VitprobeError
-from vitprobe.models.sources import OPTIONS, parse_spec
+from vitprobe.models.sources import parse_spec
 
 if TYPE_CHECKING:
     from vitprobe.models.model import Subject
@@ -37,17 +45,19 @@ _LEADS = os.environ.get("RANK", "0") == "0"
 
 @dataclass
 class Demo:
-    """Train four small ViTs on handwritten digits and compare them; nothing is downloaded."""
+    """Compare the encoders that come with vitprobe; nothing is downloaded."""
 
     out: Path = Path("demo")
-    """Folder for the runs and the report."""
+    """Folder for the report, and for the runs of --train."""
+    train: bool = False
+    """Train four small ViTs on handwritten digits, and compare those."""
     force: bool = False
     """Replace what an earlier demo left there."""
 
     def run(self) -> str:
         from vitprobe.demo import demo
 
-        return str(demo(self.out, force=self.force))
+        return str(demo(self.out, train=self.train, force=self.force))
 
 
 @dataclass
@@ -60,7 +70,7 @@ class Inspect:
     or a probe file."""
 
     def run(self) -> str:
-        name, spec = _named(self.spec)
+        name, spec = named(self.spec)
         if parse_spec(spec).kind == "probe":
             from vitprobe.probe import describe_probe, open_probe
 
@@ -125,7 +135,7 @@ class Compare:
     """Replace an earlier report in OUT."""
 
     def run(self) -> str:
-        specs = [_named(spec) for spec in self.specs]
+        specs = [named(spec) for spec in self.specs]
         entries: list[tuple[str | None, str, dict[str, Any]]] = [(n, s, {}) for n, s in specs]
         if self.models is not None:
             entries += _listed(self.models)
@@ -236,7 +246,7 @@ class Probe:
     """Replace OUT, or what a run that was cut short has left of it."""
 
     def run(self) -> str:
-        name, spec = _named(self.spec)
+        name, spec = named(self.spec)
         parse_spec(spec)  # a slip in a spec is told before torch is imported
 
         from vitprobe.models import load
@@ -329,7 +339,7 @@ class Pretrain:
     """Replace an earlier run in OUT."""
 
     def run(self) -> str:
-        overrides = dict(_override(text) for text in self.set)
+        overrides = dict(override(text) for text in self.set)
         if self.out is None and not self.dry_run:
             raise SourceError("no folder for the run; give --out")
 
@@ -392,6 +402,25 @@ class Runs:
         return f"{table}\n{self.out if self.out != stem else f'{stem}.pdf'}"
 
 
+Protocol = (
+    Annotated[EvaluateHead, tyro.conf.subcommand("head")]
+    | Annotated[EvaluateKnn, tyro.conf.subcommand("knn")]
+    | Annotated[EvaluateLinear, tyro.conf.subcommand("linear")]
+    | Annotated[EvaluateFrozen, tyro.conf.subcommand("frozen")]
+    | Annotated[EvaluateFinetune, tyro.conf.subcommand("finetune")]
+)
+
+
+@dataclass
+class Evaluate:
+    """Measure what a checkpoint is worth for a task, under one of several protocols."""
+
+    protocol: tyro.conf.OmitArgPrefixes[tyro.conf.OmitSubcommandPrefixes[Protocol]]
+
+    def run(self) -> str:
+        return self.protocol.run()
+
+
 @dataclass
 class Export:
     """Write a model as a folder that timm (local-dir:) or transformers loads."""
@@ -420,22 +449,10 @@ Command = (
     | Annotated[Probe, tyro.conf.subcommand("probe")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Runs, tyro.conf.subcommand("runs")]
     | Annotated[Export, tyro.conf.subcommand("export")]
 )
-
-
-def check_output(out: Path, force: bool) -> None:
-    """Raise ResultError, before torch is imported, where a report plainly cannot go to `out`."""
-    if out.exists() and not force:
-        raise ResultError(f"'{out}' exists; give another --out, or --force to replace it")
-    parent = out.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise ResultError(f"cannot write '{out}': '{parent}' is no folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise ResultError(f"cannot write '{out}': no permission to write in '{parent}'")
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
@@ -543,21 +560,6 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _named(text: str) -> tuple[str | None, str]:
-    """NAME=SPEC, or a spec alone; an = behind a comma, colon or slash belongs to the spec."""
-    name, equals, spec = text.partition("=")
-    if not equals or re.search(r"[,:/\\]", name):
-        return None, text
-    if not name or not spec:
-        raise SourceError(f"'{text}' is no NAME=SPEC; write it as MAE=mae.pth")
-    if name in OPTIONS:
-        raise SourceError(
-            f"'{text}' is an option of a model: join it to its spec by a comma, as in "
-            f"MAE=mae.pth,{text}"
-        )
-    return name, spec
-
-
 def _grouped(text: str) -> tuple[str, list[str]]:
     """NAME=SPEC,SPEC,... as a name and specs; a part such as heads=12 is an option of the spec
     before it."""
@@ -595,16 +597,6 @@ def _listed(path: Path) -> list[tuple[str | None, str, dict[str, Any]]]:
             raise SourceError(f"model '{name}' in '{path}' has a key name; its table is its name")
         entries.append((name, table["spec"], options))
     return entries
-
-
-def _override(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise SourceError(f"'{text}' is no KEY=VALUE; write it as epochs=3")
-    try:
-        return key, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return key, value
 
 
 def _reported(result: Comparison, out: Path, force: bool) -> Path:
