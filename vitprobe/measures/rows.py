@@ -79,21 +79,23 @@ class Products:
     def logits(self) -> Tensor:
         """(images, heads, queries, keys), with the gradient of what they come from."""
         query, key = self.query.to(self.dtype), self.key.to(self.dtype)
-        return self._masked((query * self.scale) @ key.mT)
+        return masked_((query * self.scale) @ key.mT, self.mask)
 
     def write(self, out: Tensor) -> None:
         """Write the logits to (images, heads, queries, keys) of one piece; without a gradient."""
         flat = out.flatten(0, 1)
         query, key = self.query.flatten(0, 1), self.key.flatten(0, 1)
         torch.baddbmm(flat, query, key.mT, beta=0, alpha=self.scale, out=flat)
-        self._masked(out)
+        masked_(out, self.mask)
 
-    def _masked(self, logits: Tensor) -> Tensor:
-        if self.mask is None:
-            return logits
-        if self.mask.dtype == torch.bool:
-            return logits.masked_fill_(~self.mask, -torch.inf)
-        return logits.add_(self.mask)
+
+def masked_(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Logits with a mask written into them: True where a key may be read, or what is added."""
+    if mask is None:
+        return logits
+    if mask.dtype == torch.bool:
+        return logits.masked_fill_(~mask, -torch.inf)
+    return logits.add_(mask)
 
 
 Logits: TypeAlias = Tensor | Products
