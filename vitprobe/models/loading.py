@@ -23,7 +23,7 @@ from vitprobe.models.filling import fill, fit, read_encoder
 from vitprobe.models.folders import read_saved
 from vitprobe.models.huggingface_models import load_huggingface
 from vitprobe.models.inert import as_mapping
-from vitprobe.models.model import ASSUMED, Claims, Fact, Model, module_facts, statistics_facts
+from vitprobe.models.model import ASSUMED, Claims, Fact, Model, live_model, statistics_facts
 from vitprobe.models.sources import OPTIONS, ModelSpec, parse_spec, read_option
 from vitprobe.models.timm_models import configured_statistics, load_timm
 from vitprobe.models.torchvision_models import load_torchvision
@@ -140,23 +140,15 @@ def wrap(
         option: None if values is None else read_option(option, values, f"wrap of '{name}'")
         for option, values in (("mean", mean), ("std", std))
     }
-    facts = {
-        **module_facts(module, anatomy, "module"),
-        **statistics_facts(
-            input_size[0],
-            mean=[("user", given["mean"]), ("timm", configured[0])],
-            std=[("user", given["std"]), ("timm", configured[1])],
-        ),
-    }
-    return Model(
-        name=name,
-        module=module,
-        spec="module",
-        input_size=input_size,
-        mean=facts["mean"].value,
-        std=facts["std"].value,
-        anatomy=anatomy,
-        facts=facts,
+    return live_model(
+        name,
+        module,
+        "module",
+        input_size,
+        anatomy,
+        evidence="module",
+        mean=[("user", given["mean"]), ("timm", configured[0])],
+        std=[("user", given["std"]), ("timm", configured[1])],
     )
 
 
