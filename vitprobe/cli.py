@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import signal
@@ -136,6 +137,10 @@ class Compare:
     """Take finished models from PROBES, and go on behind the last block that the others have."""
     scores: tuple[Path, ...] = ()
     """Folders of vitprobe evaluate with scores of these models, for the report."""
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Also send figures and numbers by layer to these."""
+    json: bool = False
+    """Print a summary for scripts, as JSON, in place of the report's path."""
     dry_run: bool = False
     """Load models and list images, say what would be done, and stop."""
     force: bool = False
@@ -159,6 +164,8 @@ class Compare:
             )
         if self.resume and self.probes is None:
             raise SourceError("--resume goes on with what is in --probes; give that folder")
+        if self.json and self.dry_run:
+            raise SourceError("--dry-run has no results for --json; give one of the two")
         if not self.dry_run:
             check_output(self.out, self.force)
 
@@ -167,6 +174,11 @@ class Compare:
         kinds = [parse_spec(spec, **more).kind for _, spec, more in entries]
         if self.images is None and set(kinds) != {"probe"}:
             raise DataError("no images to compare models on; give --images")
+
+        if self.log:
+            from vitprobe.loggers import check_loggers
+
+            check_loggers(self.log)
 
         from vitprobe.compare import checkpoints_of, compare, images_of
         from vitprobe.models import load
@@ -214,10 +226,10 @@ class Compare:
             return ""
         if len(scores):
             result = result.with_scores(scores)
-        page = _reported(result, self.out, self.force)
+        page = _reported(result, self.out, self.force, self.log)
         for note in result.notes:
             print(f"note: {note}", file=sys.stderr)
-        return str(page)
+        return _as_json(result, page) if self.json else str(page)
 
 
 @dataclass
@@ -309,6 +321,10 @@ class Report:
     """Folder for report.html, figures and tables."""
     scores: tuple[Path, ...] = ()
     """Folders of vitprobe evaluate with scores of the models, to be added to the result's."""
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Also send figures and numbers by layer to these."""
+    json: bool = False
+    """Print a summary for scripts, as JSON, in place of the report's path."""
     force: bool = False
     """Replace an earlier report in OUT."""
 
@@ -324,7 +340,8 @@ class Report:
         result = open_result(self.result)
         if self.scores:
             result = result.with_scores(_joined(self.scores))
-        return str(report(result, self.out, force=self.force))
+        page = report(result, self.out, force=self.force, loggers=self.log)
+        return _as_json(result, page) if self.json else str(page)
 
 
 @dataclass
@@ -461,6 +478,20 @@ class Export:
         return str(export(self.spec, self.to, self.out, force=self.force))
 
 
+@dataclass
+class Completion:
+    """Print the script that lets a shell complete commands and options."""
+
+    shell: tyro.conf.Positional[Literal["bash", "zsh"]]
+    """Of which shell: eval "$(vitprobe completion bash)"."""
+
+    def run(self) -> str:
+        script = io.StringIO()
+        with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
+            _cli(["--tyro-print-completion", self.shell])
+        return script.getvalue()
+
+
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
@@ -471,6 +502,7 @@ Command = (
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Runs, tyro.conf.subcommand("runs")]
     | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Completion, tyro.conf.subcommand("completion")]
 )
 
 
@@ -554,17 +586,21 @@ def _parse(args: Sequence[str] | None) -> Any:
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(
-                Command,
-                prog="vitprobe",
-                description="Probe and compare what Vision Transformers learned.",
-                args=args,
-                config=(tyro.conf.FlagCreatePairsOff,),
-            )
+            return _cli(args)
     except SystemExit as stop:
         if stop.code == 2:
             _complain(_unboxed(errors.getvalue()))
         raise
+
+
+def _cli(args: Sequence[str] | None) -> Any:
+    return tyro.cli(
+        Command,
+        prog="vitprobe",
+        description="Probe and compare what Vision Transformers learned.",
+        args=args,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
 
 
 def _unboxed(text: str) -> str:
@@ -618,7 +654,13 @@ def _listed(path: Path) -> list[tuple[str | None, str, dict[str, Any]]]:
     return entries
 
 
-def _reported(result: Comparison, out: Path, force: bool) -> Path:
+def _as_json(result: Comparison, page: Path) -> str:
+    """What `--json` prints: the summary of a result, and where its report and its file are."""
+    places = {"page": str(page), "result": str(page.with_name("results.nc"))}
+    return json.dumps({**places, **result.summary()}, indent=1, allow_nan=False)
+
+
+def _reported(result: Comparison, out: Path, force: bool, loggers: Sequence[str]) -> Path:
     """The report of a result, which is on disk before a figure is drawn: hours of work are not lost
     with a report that fails."""
     from vitprobe.report import report
@@ -631,7 +673,7 @@ def _reported(result: Comparison, out: Path, force: bool) -> Path:
         kept = result.save(Path(tempfile.gettempdir()) / name)
         raise ResultError(f"{error}; the result is in '{kept}', for vitprobe report") from error
     try:
-        page = report(result, out, force=force)
+        page = report(result, out, force=force, loggers=loggers)
     except BaseException:
         _complain(f"the report failed; the result is in '{kept}', for vitprobe report")
         raise

@@ -38,6 +38,10 @@ class RecipeError(VitprobeError):
     """A training recipe or override that cannot be followed."""
 
 
+class LoggerError(VitprobeError):
+    """A logger that is unknown, not installed or cannot be opened."""
+
+
 class ResultError(VitprobeError):
     """A result file or output directory that cannot be read or written."""
 

@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from vitprobe import tables
+from vitprobe import notebook, tables
 from vitprobe.condensed import NOTE as CONDENSED
 from vitprobe.condensed import condensed_groups
 from vitprobe.datasets import by_head, columns, pair
@@ -235,6 +235,56 @@ class Comparison:
             ResultError: no model of that name, or no similarity measure of that name.
         """
         return self._pair(measure, measure, a, b)
+
+    def equal_depth(self, measure: str, a: str, b: str, *, level: float = 0.95) -> xr.Dataset:
+        """A similarity measure between layers at the same depth of two models.
+
+        Layer i of `a` is set beside layer j of `b` where i / L_a = j / L_b; models of equal depth
+        have one pair a layer. `most_different(measure, a, b)` names the pair of lowest value.
+
+        Args:
+            measure: such as `cka`.
+            a: name of a model.
+            b: name of another.
+            level: of the intervals, pointwise.
+
+        Returns:
+            `value`, `low`, `high` and `floor` over (layer,), the layers of `a`, with the coordinate
+            `layer_b`.
+
+        Raises:
+            ResultError: as `similarity`, or a level that is no probability.
+        """
+        value, floor = self.similarity(measure, a, b), self.floor(measure, a, b)
+        low, high = self.interval(measure, a, b, level=level)
+        own, other = value["layer_a"].values, value["layer_b"].values
+        rows, columns = np.nonzero(tables.of_equal_depth(own, other))
+        found = {"value": value, "low": low, "high": high, "floor": floor}
+        return xr.Dataset(
+            {name: ("layer", array.values[rows, columns]) for name, array in found.items()},
+            coords={"layer": own[rows], "layer_b": ("layer", other[columns])},
+            attrs={**value.attrs, "level": level, "model_a": a, "model_b": b},
+        )
+
+    def most_different(self, measure: str, a: str, b: str) -> tuple[int, int]:
+        """The layers, of `a` and of `b`, that differ most at the same depth, by `equal_depth`.
+
+        Whether that layer differs from its neighbours, the intervals of `equal_depth` say.
+
+        Raises:
+            ResultError: as `similarity`, or the measure is undefined in all of these layers.
+        """
+        found = self.equal_depth(measure, a, b)
+        if not found["value"].notnull().any():
+            raise ResultError(f"'{measure}' of '{a}' and '{b}' is undefined at every depth")
+        at = found.isel(layer=int(found["value"].argmin("layer")))
+        return int(at["layer"]), int(at["layer_b"])
+
+    def summary(self) -> dict[str, Any]:
+        """The main numbers as JSON-able values, see `vitprobe.summary.summary`."""
+        from vitprobe.summary import summary
+
+        return summary(self)
 
     def floor(self, measure: str, a: str, b: str) -> xr.DataArray:
         """What a similarity measure reaches when the images of one side are permuted.
@@ -632,6 +682,9 @@ class Comparison:
     def __repr__(self) -> str:
         images = self.provenance["images"]["count"]
         return f"Comparison({', '.join(self.models)}; {images} images; {', '.join(self.measures)})"
+
+    def _repr_html_(self) -> str:
+        return notebook.of_comparison(self)
 
     def _index(self, name: str) -> int:
         if name not in self.models:

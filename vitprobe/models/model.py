@@ -12,6 +12,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
+from vitprobe import notebook
 from vitprobe.errors import SourceError
 from vitprobe.models.anatomy import Anatomy
 
@@ -58,6 +59,9 @@ class LoadReport:
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
         }
+
+    def _repr_html_(self) -> str:
+        return notebook.of_load_report(self)
 
 
 class Subject(Protocol):
@@ -111,6 +115,9 @@ class Model:
         )
         size = "x".join(map(str, self.input_size))
         return f"Model('{self.name}' from '{self.spec}': {facts}, input {size})"
+
+    def _repr_html_(self) -> str:
+        return notebook.of_model(self)
 
     @property
     def dtype(self) -> str:
