@@ -48,7 +48,7 @@ class EvaluateFinetune(TrainingCommand):
 
 @dataclass
 class EvaluateTransfer(TrainingCommand):
-    """Fine-tune on another data set, by default as Wang et al. 2023 do: cifar10:PATH,
+    """Fine-tune the checkpoint on another data set, as Wang et al. 2023 do: cifar10:PATH,
     cifar100:, flowers102:, pets:, aircraft:, cars: or inat18: (with the folder that torchvision
     keeps it in), or any labelled images."""
 

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from vitprobe import distributed
 from vitprobe.data.blocks import View
 from vitprobe.data.labelled import load_labelled
-from vitprobe.data.parts import Labelled, Part, subset
+from vitprobe.data.parts import Labelled, Labels, Part, subset
 from vitprobe.errors import RecipeError, SourceError
 from vitprobe.evaluation.base import Learning, check_finite, labelled_part, running
 from vitprobe.evaluation.batches import pixel_batches
@@ -41,8 +41,8 @@ from vitprobe.training.loop import (
     pretrain,
     training_device,
 )
-from vitprobe.training.methods.finetune import FinetuneConfig, describe, unfit
-from vitprobe.training.recipe import Recipe, load_recipe
+from vitprobe.training.methods.finetune import describe, unfit
+from vitprobe.training.recipe import Recipe, load_recipe, method_of
 from vitprobe.training.run import differences, fingerprint
 from vitprobe.training.state import previous
 
@@ -101,14 +101,15 @@ class Finetune(Learning):
         """The rows of one model, fine-tuned in `folder`, or where there is none in a temporary
         one."""
         self.check(model)
-        train, test = labelled_part(data, "train"), labelled_part(data, "test")
+        for part in ("train", "test"):
+            labelled_part(data, part)
         with ExitStack() as stack:
             if folder is None:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             stack.enter_context(distributed.joined(training_device(self.device)))
             # By now the leading process has cleared the folder.
             distributed.wait()
-            return self.tuned(model, data, train, test, folder)
+            return self.tuned(model, data, folder)
 
     def check(self, model: Model) -> None:
         """Raise SourceError or RecipeError where a model cannot be fine-tuned."""
@@ -125,13 +126,12 @@ class Finetune(Learning):
                 f"{self.kept} blocks cannot be kept of '{model.name}', which has {depth}."
             )
 
-    def tuned(
-        self, model: Model, data: Labelled, train: Part, test: Part, folder: Path
-    ) -> Sequence[Score]:
+    def tuned(self, model: Model, data: Labelled, folder: Path) -> Sequence[Score]:
         """Fine-tune in `folder`, from where an earlier run there stopped, and score."""
+        train, labels = labelled_part(data, "train")
         used = train
         if self.labels < 1:
-            used = subset(train, labelled_subset(train.labels, self.labels, self.seed))
+            used = subset(train, labelled_subset(labels, self.labels, self.seed))
         recipe = self.resolved(model, data.source, len(used))
         channels = recipe.encoder.channels
         labelled = load_labelled(replace(data, train=used), channels=channels)
@@ -152,7 +152,7 @@ class Finetune(Learning):
             )
         if distributed.rank() > 0:
             return ()
-        rows = self._scores(model, recipe, data, len(used), test, folder)
+        rows = self._scores(model, recipe, data, len(used), folder)
         if not self.keep_state:
             for path in (folder / STATE, previous(folder / STATE)):
                 path.unlink(missing_ok=True)
@@ -163,21 +163,27 @@ class Finetune(Learning):
 
         Raises RecipeError for one that cannot be followed, or of another method.
         """
-        encoder = {f"encoder.{key}": value for key, value in describe(model).items()}
-        given: dict[str, Any] = {**encoder, "method.init": model.spec, "seed": self.seed}
+        if (method := method_of(self.recipe)) != "finetune":
+            raise RecipeError(
+                f"Recipe {self.recipe} trains by {method or 'no method'}; give one whose method is "
+                "finetune, such as finetune_improved."
+            )
+        given: dict[str, Any] = {"method.init": model.spec, "seed": self.seed}
         if self.kept is not None:
             given["method.kept"] = self.kept
         given |= self.overrides
         recipe = load_recipe(self.recipe, data=source, overrides=given)
-        if not isinstance(recipe.method, FinetuneConfig):
-            raise RecipeError(
-                f"Recipe {self.recipe} trains by {recipe.method.name}; give one whose method is "
-                "finetune, such as finetune_improved."
-            )
+        encoder = recipe.to_dict()["encoder"]
+        for key, value in describe(model).items():
+            if encoder[key] != value and f"encoder.{key}" not in self.overrides:
+                raise SourceError(
+                    f"'{model.name}' was loaded with other options than '{model.spec}' has: {key} "
+                    f"is {value} and not {encoder[key]}; write them into the spec, as in {key}=…"
+                )
+        # As the recipe has them before `overrides` give other epochs.
         own = load_recipe(
             self.recipe,
-            data=source,
-            overrides={key: value for key, value in given.items() if key != "epochs"},
+            overrides={k: v for k, v in given.items() if k != "epochs"} | {"encoder": encoder},
         )
         changes: dict[str, Any] = {}
         batch = recipe.batch_size
@@ -229,17 +235,12 @@ class Finetune(Learning):
             tqdm.write(f"vitprobe: {text}", file=sys.stderr)
 
     def _scores(
-        self,
-        model: Model,
-        recipe: Recipe,
-        data: Labelled,
-        used: int,
-        test: Part,
-        folder: Path,
+        self, model: Model, recipe: Recipe, data: Labelled, used: int, folder: Path
     ) -> Sequence[Score]:
         """The rows of the fine-tuned model, as it was saved."""
-        ranks = self._ranks(load(f"run:{folder}"), test, len(data.classes))
-        values = self.values(ranks, test.labels, len(data.classes))
+        test, labels = labelled_part(data, "test")
+        ranks = self._ranks(load(f"run:{folder}"), test, labels, len(data.classes))
+        values = self.values(ranks, labels, len(data.classes))
         settings = {
             "recipe": self.recipe,
             "training_images": used,
@@ -266,10 +267,10 @@ class Finetune(Learning):
             values["top5"] = accuracy_interval(int((ranks < 5).sum()), len(ranks))
         return values
 
-    def _ranks(self, tuned: Model, test: Part, classes: int) -> NDArray[np.int64]:
+    def _ranks(self, tuned: Model, test: Part, labels: Labels, classes: int) -> NDArray[np.int64]:
         """(images,): how many classes the model puts before the right one."""
         device = training_device(self.device)
-        truth = torch.from_numpy(test.labels).to(device)
+        truth = torch.from_numpy(labels).to(device)
         found = []
         first = 0
         with (

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vitprobe import distributed, provenance
-from vitprobe.data.parts import Labelled, Part
+from vitprobe.data.parts import Labelled
 from vitprobe.errors import RecipeError
 from vitprobe.evaluation.finetune import Finetune
 from vitprobe.models import Model
@@ -50,9 +50,7 @@ class Layers(Finetune):
         for one in self._each(model):
             Finetune.check(one, model)
 
-    def tuned(
-        self, model: Model, data: Labelled, train: Part, test: Part, folder: Path
-    ) -> Sequence[Score]:
+    def tuned(self, model: Model, data: Labelled, folder: Path) -> Sequence[Score]:
         """The rows of every number of blocks, in its order."""
         rows: list[Score] = []
         for one in self._each(model):
@@ -60,7 +58,7 @@ class Layers(Finetune):
             if distributed.rank() == 0:
                 own.mkdir(exist_ok=True)
             distributed.wait()
-            found = one.tuned(model, data, train, test, own)
+            found = one.tuned(model, data, own)
             if found:
                 Scores(found, [provenance.collect()]).save(own / FILE)
             rows += found

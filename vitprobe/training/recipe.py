@@ -181,6 +181,15 @@ def load_recipe(
     return built
 
 
+def method_of(recipe: str | Path) -> str:
+    """The name of the method that a recipe trains by; "" where it says none.
+
+    Raises RecipeError where there is no such recipe, or it cannot be read.
+    """
+    method = _read(_locate(str(recipe), Path()), ()).get("method", {})
+    return str(method.get("name", "")) if isinstance(method, Mapping) else ""
+
+
 def filled(saved: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe as an earlier version resolved it, with the defaults of keys that it did not have.
 
