@@ -31,7 +31,7 @@ from vitprobe.condensed import condensed_groups
 from vitprobe.datasets import by_head, columns, pair
 from vitprobe.errors import ResultError, suggest
 from vitprobe.files import replacing
-from vitprobe.measures.registry import ATTENTION
+from vitprobe.measures.registry import ATTENTION, MEASURES
 from vitprobe.scores import Scores
 from vitprobe.statistics import paired, quantile, t_interval
 
@@ -762,7 +762,7 @@ def open_result(path: str | Path) -> Comparison:
                     "'vitprobe compare'"
                 )
             result = Comparison(tree.load())
-        _check_whole(result)
+        _check_whole(result, path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ResultError(f"'{path}' is no whole vitprobe result: {what}") from error
@@ -774,7 +774,7 @@ def _open(path: Path) -> xr.DataTree:
     return tree
 
 
-def _check_whole(result: Comparison) -> None:
+def _check_whole(result: Comparison, path: Path) -> None:
     """Raise KeyError or ValueError for a result that lacks what its provenance names."""
     provenance = result.provenance
     for name in ("measures", "notes", "images", "models"):
@@ -796,6 +796,11 @@ def _check_whole(result: Comparison) -> None:
                 raise KeyError(f"an attention layer of {name} has no {min(missing)}")
     for name in result.scores["model"].unique():
         result.describe(name)
+    if unknown := [name for name in result.measures if name not in MEASURES]:
+        raise ResultError(
+            f"'{path}' has the measure '{unknown[0]}', which is not known here; import what "
+            "registers it (vitprobe.measures.register) before"
+        )
     for measure in (*result.measures, *([COMPANION] if "cka" in result.measures else [])):
         try:
             dataset = result.tree[result.group_of(measure)].to_dataset()
