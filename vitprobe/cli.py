@@ -36,7 +36,14 @@ from vitprobe.commands.evaluate_finetune import (
     EvaluateLayers,
     EvaluateTransfer,
 )
-from vitprobe.errors import DataError, ElsewhereError, ResultError, SourceError, VitprobeError
+from vitprobe.errors import (
+    DataError,
+    ElsewhereError,
+    ResultError,
+    SourceError,
+    VitprobeError,
+    is_out_of_memory,
+)
 from vitprobe.models.sources import parse_spec
 
 if TYPE_CHECKING:
@@ -47,6 +54,7 @@ if TYPE_CHECKING:
 
 # Of the processes that torchrun starts, one speaks for all.
 _LEADS = os.environ.get("RANK", "0") == "0"
+_NO_MEMORY = "memory ran out; give a smaller --batch-size or --block, or fewer models at once"
 
 
 @dataclass
@@ -88,8 +96,40 @@ class Inspect:
         return describe_text(load(spec, name=name))
 
 
-@dataclass
-class Compare:
+@dataclass(kw_only=True)
+class _Gathering:
+    """How models are run over images and what is kept of them."""
+
+    layers: Literal["normed", "residual"] = "normed"
+    """What a layer is: what each block's attention reads, or the residual stream."""
+    tokens: Literal["patches", "cls", "mean", "all"] = "patches"
+    """What of a layer is compared."""
+    limit: int | None = None
+    """Use the first so many images of the seeded permutation."""
+    seed: int = 0
+    """Of the permutation of images; 0 or more."""
+    block: int = 128
+    """Images over which similarity is computed before it is summed."""
+    batch_size: int | None = None
+    """Images in one forward pass; a block unless given."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """fp32 turns TF32 and autocast off."""
+    workers: int = 2
+    """Threads that decode images ahead."""
+    max_images: int = 256
+    """Images of the measures that need all of theirs together (SVCCA, RSA, ...)."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All but which images, as the public functions take them."""
+        named = ("layers", "tokens", "block", "batch_size", "device", "precision", "workers")
+        return {name: getattr(self, name) for name in (*named, "max_images")}
+
+
+@dataclass(kw_only=True)
+class Compare(_Gathering):
     """Compare models on the same images and write a report."""
 
     out: Path
@@ -107,28 +147,8 @@ class Compare:
     their spec, as in MAE=a.pth,heads=12,b.pth,heads=12."""
     measures: tuple[str, ...] = ("cka", "attention_distance", "attention_entropy")
     """What to measure; all for everything there is."""
-    layers: Literal["normed", "residual"] = "normed"
-    """What a layer is: what each block's attention reads, or the residual stream."""
-    tokens: Literal["patches", "cls", "mean", "all"] = "patches"
-    """What of a layer is compared."""
     estimator: Literal["unbiased", "biased"] = "unbiased"
     """Of HSIC in CKA."""
-    limit: int | None = None
-    """Use the first so many images of the seeded permutation."""
-    seed: int = 0
-    """Of the permutation of images; 0 or more."""
-    block: int = 128
-    """Images over which similarity is computed before it is summed."""
-    batch_size: int | None = None
-    """Images in one forward pass; a block unless given."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32 turns TF32 and autocast off."""
-    workers: int = 2
-    """Threads that decode images ahead."""
-    max_images: int = 256
-    """Images of the measures that need all of theirs together (SVCCA, RSA, ...)."""
     random_reference: bool = False
     """Add to every trained model a twin of the same architecture with random weights."""
     probes: Path | None = None
@@ -187,17 +207,7 @@ class Compare:
         from vitprobe.settings import Settings
 
         scores = _joined(self.scores)
-        options: dict[str, Any] = {
-            "layers": self.layers,
-            "tokens": self.tokens,
-            "estimator": self.estimator,
-            "block": self.block,
-            "batch_size": self.batch_size,
-            "device": self.device,
-            "precision": self.precision,
-            "workers": self.workers,
-            "max_images": self.max_images,
-        }
+        options = {**self.options, "estimator": self.estimator}
         settings = Settings(measures, **options)
         if not self.dry_run:
             check_folder(self.out, force=self.force)
@@ -232,8 +242,8 @@ class Compare:
         return _as_json(result, page) if self.json else str(page)
 
 
-@dataclass
-class Probe:
+@dataclass(kw_only=True)
+class Probe(_Gathering):
     """Run one model over images and keep in a file what comparisons need of it."""
 
     spec: tyro.conf.Positional[str]
@@ -244,26 +254,6 @@ class Probe:
     """File to write; its name ends in .probe."""
     measures: tuple[str, ...] = ("cka", "attention_distance", "attention_entropy")
     """What comparisons may ask for; all for everything there is."""
-    layers: Literal["normed", "residual"] = "normed"
-    """What a layer is: what each block's attention reads, or the residual stream."""
-    tokens: Literal["patches", "cls", "mean", "all"] = "patches"
-    """What of a layer is compared."""
-    limit: int | None = None
-    """Use the first so many images of the seeded permutation."""
-    seed: int = 0
-    """Of the permutation of images; 0 or more."""
-    block: int = 128
-    """Images over which similarity is computed before it is summed."""
-    batch_size: int | None = None
-    """Images in one forward pass; a block unless given."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32 turns TF32 and autocast off."""
-    workers: int = 2
-    """Threads that decode images ahead."""
-    max_images: int = 256
-    """Images of the measures that need all of theirs together (SVCCA, RSA, ...)."""
     resume: bool = False
     """Go on behind the last whole block of a run that was cut short."""
     force: bool = False
@@ -274,29 +264,26 @@ class Probe:
         parse_spec(spec)  # a slip in a spec is told before torch is imported
 
         from vitprobe.models import load
+        from vitprobe.models.model import assumed_notes
         from vitprobe.probe import probe
         from vitprobe.probe_file import check_free
 
         check_free(self.out, resume=self.resume, force=self.force)
+        model = load(spec, name=name)
         with _resumable(self.out):
             made = probe(
-                load(spec, name=name),
+                model,
                 self.images,
                 self.out,
                 [name for text in self.measures for name in text.split(",") if name],
-                layers=self.layers,
-                tokens=self.tokens,
-                block=self.block,
-                batch_size=self.batch_size,
-                device=self.device,
-                precision=self.precision,
                 limit=self.limit,
                 seed=self.seed,
-                workers=self.workers,
-                max_images=self.max_images,
                 resume=self.resume,
                 force=self.force,
+                **self.options,
             )
+        for note in assumed_notes(model):
+            print(f"note: {note}", file=sys.stderr)
         return str(made)
 
 
@@ -530,7 +517,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         _complain(str(stop) or "interrupted")
         status = 130
     except MemoryError:
-        _complain("memory ran out; give a smaller --batch-size or --block, or fewer models at once")
+        _complain(_NO_MEMORY)
         status = 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -540,6 +527,9 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         _complain(f"cannot read or write {where}{error.strerror or error}")
         status = 2
     except Exception as error:
+        if is_out_of_memory(error):
+            _complain(_NO_MEMORY)
+            sys.exit(2)
         if os.environ.get("VITPROBE_TRACEBACK"):
             raise
         _complain(

@@ -81,6 +81,22 @@ class Subject(Protocol):
     def describe(self) -> dict[str, Any]: ...
 
 
+def assumed_notes(model: Subject) -> list[str]:
+    """What a reader must know of facts of a model that nothing says."""
+    described = model.describe()
+    assumed, facts = described["assumed"], described["facts"]
+    notes = []
+    if "heads" in assumed:
+        notes.append(
+            f"{model.name}: {facts['heads']['value']} heads assumed, which nothing in the "
+            "file says and which changes every result; give heads=N to state them."
+        )
+    others = [f"{name} {facts[name]['value']}" for name in assumed if name != "heads"]
+    if others:
+        notes.append(f"{model.name}: assumed, not read anywhere: {', '.join(others)}.")
+    return notes
+
+
 @dataclass(repr=False)
 class Model:
     """A runnable model and its description.

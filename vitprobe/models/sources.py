@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vitprobe.bundled import bundled_encoder
 from vitprobe.errors import SourceError, suggest
 
 PROBE_SUFFIX = ".probe"
@@ -91,6 +92,8 @@ def _split_kind(source: str, text: str) -> tuple[str, str]:
             prefix, target = f"init_{library}", rest
         elif library == "run" and rest:
             prefix, target = "init_file", str(Path(rest) / RUN_ENCODER)
+        elif library == "bundled" and rest:
+            prefix, target = "init_file", str(bundled_encoder(rest))
         elif target and _exists(target):
             prefix = "init_file"
     if not target:
