@@ -24,31 +24,54 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import tyro
 
-from vitprobe.errors import DataError, ElsewhereError, ResultError, SourceError, VitprobeError
-from vitprobe.models.sources import OPTIONS, parse_spec
+from vitprobe.commands.arguments import check_output, named, override
+from vitprobe.commands.evaluate_features import (
+    EvaluateFrozen,
+    EvaluateHead,
+    EvaluateKnn,
+    EvaluateLinear,
+)
+from vitprobe.commands.evaluate_finetune import (
+    EvaluateFinetune,
+    EvaluateLayers,
+    EvaluateTransfer,
+)
+from vitprobe.errors import (
+    DataError,
+    ElsewhereError,
+    ResultError,
+    SourceError,
+    VitprobeError,
+    is_out_of_memory,
+)
+from vitprobe.models.sources import parse_spec
 
 if TYPE_CHECKING:
     from vitprobe.models.model import Subject
     from vitprobe.results import Comparison
+    from vitprobe.scores import Scores
     from vitprobe.settings import Settings
 
 # Of the processes that torchrun starts, one speaks for all.
 _LEADS = os.environ.get("RANK", "0") == "0"
+_NO_MEMORY = "memory ran out; give a smaller --batch-size or --block, or fewer models at once"
 
 
 @dataclass
 class Demo:
-    """Train four small ViTs on handwritten digits and compare them; nothing is downloaded."""
+    """Compare the encoders that come with vitprobe; nothing is downloaded."""
 
     out: Path = Path("demo")
-    """Folder for the runs and the report."""
+    """Folder for the report, and for the runs of --train."""
+    train: bool = False
+    """Train four small ViTs on handwritten digits, and compare those."""
     force: bool = False
     """Replace what an earlier demo left there."""
 
     def run(self) -> str:
         from vitprobe.demo import demo
 
-        return str(demo(self.out, force=self.force))
+        return str(demo(self.out, train=self.train, force=self.force))
 
 
 @dataclass
@@ -61,7 +84,7 @@ class Inspect:
     or a probe file."""
 
     def run(self) -> str:
-        name, spec = _named(self.spec)
+        name, spec = named(self.spec)
         if parse_spec(spec).kind == "probe":
             from vitprobe.probe import describe_probe, open_probe
 
@@ -73,8 +96,40 @@ class Inspect:
         return describe_text(load(spec, name=name))
 
 
-@dataclass
-class Compare:
+@dataclass(kw_only=True)
+class _Gathering:
+    """How models are run over images and what is kept of them."""
+
+    layers: Literal["normed", "residual"] = "normed"
+    """What a layer is: what each block's attention reads, or the residual stream."""
+    tokens: Literal["patches", "cls", "mean", "all"] = "patches"
+    """What of a layer is compared."""
+    limit: int | None = None
+    """Use the first so many images of the seeded permutation."""
+    seed: int = 0
+    """Of the permutation of images; 0 or more."""
+    block: int = 128
+    """Images over which similarity is computed before it is summed."""
+    batch_size: int | None = None
+    """Images in one forward pass; a block unless given."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """fp32 turns TF32 and autocast off."""
+    workers: int = 2
+    """Threads that decode images ahead."""
+    max_images: int = 256
+    """Images of the measures that need all of theirs together (SVCCA, RSA, ...)."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All but which images, as the public functions take them."""
+        named = ("layers", "tokens", "block", "batch_size", "device", "precision", "workers")
+        return {name: getattr(self, name) for name in (*named, "max_images")}
+
+
+@dataclass(kw_only=True)
+class Compare(_Gathering):
     """Compare models on the same images and write a report."""
 
     out: Path
@@ -92,34 +147,16 @@ class Compare:
     their spec, as in MAE=a.pth,heads=12,b.pth,heads=12."""
     measures: tuple[str, ...] = ("cka", "attention_distance", "attention_entropy")
     """What to measure; all for everything there is."""
-    layers: Literal["normed", "residual"] = "normed"
-    """What a layer is: what each block's attention reads, or the residual stream."""
-    tokens: Literal["patches", "cls", "mean", "all"] = "patches"
-    """What of a layer is compared."""
     estimator: Literal["unbiased", "biased"] = "unbiased"
     """Of HSIC in CKA."""
-    limit: int | None = None
-    """Use the first so many images of the seeded permutation."""
-    seed: int = 0
-    """Of the permutation of images; 0 or more."""
-    block: int = 128
-    """Images over which similarity is computed before it is summed."""
-    batch_size: int | None = None
-    """Images in one forward pass; a block unless given."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32 turns TF32 and autocast off."""
-    workers: int = 2
-    """Threads that decode images ahead."""
-    max_images: int = 256
-    """Images of the measures that need all of theirs together (SVCCA, RSA, ...)."""
     random_reference: bool = False
     """Add to every trained model a twin of the same architecture with random weights."""
     probes: Path | None = None
     """Folder for the probe file of every model that is run, NAME.probe."""
     resume: bool = False
     """Take finished models from PROBES, and go on behind the last block that the others have."""
+    scores: tuple[Path, ...] = ()
+    """Folders of vitprobe evaluate with scores of these models, for the report."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Also send figures and numbers by layer to these."""
     json: bool = False
@@ -130,7 +167,7 @@ class Compare:
     """Replace an earlier report in OUT."""
 
     def run(self) -> str:
-        specs = [_named(spec) for spec in self.specs]
+        specs = [named(spec) for spec in self.specs]
         entries: list[tuple[str | None, str, dict[str, Any]]] = [(n, s, {}) for n, s in specs]
         if self.models is not None:
             entries += _listed(self.models)
@@ -163,23 +200,14 @@ class Compare:
 
             check_loggers(self.log)
 
-        from vitprobe.compare import compare, images_of
+        from vitprobe.compare import checkpoints_of, compare, images_of
         from vitprobe.models import load
         from vitprobe.probe import open_probe
         from vitprobe.report import check_folder
         from vitprobe.settings import Settings
 
-        options: dict[str, Any] = {
-            "layers": self.layers,
-            "tokens": self.tokens,
-            "estimator": self.estimator,
-            "block": self.block,
-            "batch_size": self.batch_size,
-            "device": self.device,
-            "precision": self.precision,
-            "workers": self.workers,
-            "max_images": self.max_images,
-        }
+        scores = _joined(self.scores)
+        options = {**self.options, "estimator": self.estimator}
         settings = Settings(measures, **options)
         if not self.dry_run:
             check_folder(self.out, force=self.force)
@@ -187,6 +215,8 @@ class Compare:
             open_probe(spec, name=name) if kind == "probe" else load(spec, name=name, **more)
             for (name, spec, more), kind in zip(entries, kinds, strict=True)
         ]
+        if len(scores):
+            scores.matched(checkpoints_of(models, self.random_reference))
         seed = self.seed if self.images is not None else self.seed or None
         source = images_of(models, self.images, self.limit, seed)
         if self.dry_run:
@@ -204,14 +234,16 @@ class Compare:
             )
         if not _LEADS:
             return ""
+        if len(scores):
+            result = result.with_scores(scores)
         page = _reported(result, self.out, self.force, self.log)
         for note in result.notes:
             print(f"note: {note}", file=sys.stderr)
         return _as_json(result, page) if self.json else str(page)
 
 
-@dataclass
-class Probe:
+@dataclass(kw_only=True)
+class Probe(_Gathering):
     """Run one model over images and keep in a file what comparisons need of it."""
 
     spec: tyro.conf.Positional[str]
@@ -222,59 +254,36 @@ class Probe:
     """File to write; its name ends in .probe."""
     measures: tuple[str, ...] = ("cka", "attention_distance", "attention_entropy")
     """What comparisons may ask for; all for everything there is."""
-    layers: Literal["normed", "residual"] = "normed"
-    """What a layer is: what each block's attention reads, or the residual stream."""
-    tokens: Literal["patches", "cls", "mean", "all"] = "patches"
-    """What of a layer is compared."""
-    limit: int | None = None
-    """Use the first so many images of the seeded permutation."""
-    seed: int = 0
-    """Of the permutation of images; 0 or more."""
-    block: int = 128
-    """Images over which similarity is computed before it is summed."""
-    batch_size: int | None = None
-    """Images in one forward pass; a block unless given."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32 turns TF32 and autocast off."""
-    workers: int = 2
-    """Threads that decode images ahead."""
-    max_images: int = 256
-    """Images of the measures that need all of theirs together (SVCCA, RSA, ...)."""
     resume: bool = False
     """Go on behind the last whole block of a run that was cut short."""
     force: bool = False
     """Replace OUT, or what a run that was cut short has left of it."""
 
     def run(self) -> str:
-        name, spec = _named(self.spec)
+        name, spec = named(self.spec)
         parse_spec(spec)  # a slip in a spec is told before torch is imported
 
         from vitprobe.models import load
+        from vitprobe.models.model import assumed_notes
         from vitprobe.probe import probe
         from vitprobe.probe_file import check_free
 
         check_free(self.out, resume=self.resume, force=self.force)
+        model = load(spec, name=name)
         with _resumable(self.out):
             made = probe(
-                load(spec, name=name),
+                model,
                 self.images,
                 self.out,
                 [name for text in self.measures for name in text.split(",") if name],
-                layers=self.layers,
-                tokens=self.tokens,
-                block=self.block,
-                batch_size=self.batch_size,
-                device=self.device,
-                precision=self.precision,
                 limit=self.limit,
                 seed=self.seed,
-                workers=self.workers,
-                max_images=self.max_images,
                 resume=self.resume,
                 force=self.force,
+                **self.options,
             )
+        for note in assumed_notes(model):
+            print(f"note: {note}", file=sys.stderr)
         return str(made)
 
 
@@ -297,6 +306,8 @@ class Report:
     """results.nc of an earlier comparison."""
     out: Path
     """Folder for report.html, figures and tables."""
+    scores: tuple[Path, ...] = ()
+    """Folders of vitprobe evaluate with scores of the models, to be added to the result's."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Also send figures and numbers by layer to these."""
     json: bool = False
@@ -314,6 +325,8 @@ class Report:
 
         check_folder(self.out, force=self.force)
         result = open_result(self.result)
+        if self.scores:
+            result = result.with_scores(_joined(self.scores))
         page = report(result, self.out, force=self.force, loggers=self.log)
         return _as_json(result, page) if self.json else str(page)
 
@@ -347,7 +360,7 @@ class Pretrain:
     """Replace an earlier run in OUT."""
 
     def run(self) -> str:
-        overrides = dict(_override(text) for text in self.set)
+        overrides = dict(override(text) for text in self.set)
         if self.out is None and not self.dry_run:
             raise SourceError("no folder for the run; give --out")
 
@@ -410,6 +423,27 @@ class Runs:
         return f"{table}\n{self.out if self.out != stem else f'{stem}.pdf'}"
 
 
+Protocol = (
+    Annotated[EvaluateHead, tyro.conf.subcommand("head")]
+    | Annotated[EvaluateKnn, tyro.conf.subcommand("knn")]
+    | Annotated[EvaluateLinear, tyro.conf.subcommand("linear")]
+    | Annotated[EvaluateFrozen, tyro.conf.subcommand("frozen")]
+    | Annotated[EvaluateFinetune, tyro.conf.subcommand("finetune")]
+    | Annotated[EvaluateTransfer, tyro.conf.subcommand("transfer")]
+    | Annotated[EvaluateLayers, tyro.conf.subcommand("layers")]
+)
+
+
+@dataclass
+class Evaluate:
+    """Measure what a checkpoint is worth for a task, under one of several protocols."""
+
+    protocol: tyro.conf.OmitArgPrefixes[tyro.conf.OmitSubcommandPrefixes[Protocol]]
+
+    def run(self) -> str:
+        return self.protocol.run()
+
+
 @dataclass
 class Export:
     """Write a model as a folder that timm (local-dir:) or transformers loads."""
@@ -452,23 +486,11 @@ Command = (
     | Annotated[Probe, tyro.conf.subcommand("probe")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Runs, tyro.conf.subcommand("runs")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Completion, tyro.conf.subcommand("completion")]
 )
-
-
-def check_output(out: Path, force: bool) -> None:
-    """Raise ResultError, before torch is imported, where a report plainly cannot go to `out`."""
-    if out.exists() and not force:
-        raise ResultError(f"'{out}' exists; give another --out, or --force to replace it")
-    parent = out.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise ResultError(f"cannot write '{out}': '{parent}' is no folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise ResultError(f"cannot write '{out}': no permission to write in '{parent}'")
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
@@ -495,7 +517,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         _complain(str(stop) or "interrupted")
         status = 130
     except MemoryError:
-        _complain("memory ran out; give a smaller --batch-size or --block, or fewer models at once")
+        _complain(_NO_MEMORY)
         status = 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -505,6 +527,9 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         _complain(f"cannot read or write {where}{error.strerror or error}")
         status = 2
     except Exception as error:
+        if is_out_of_memory(error):
+            _complain(_NO_MEMORY)
+            sys.exit(2)
         if os.environ.get("VITPROBE_TRACEBACK"):
             raise
         _complain(
@@ -580,21 +605,6 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _named(text: str) -> tuple[str | None, str]:
-    """NAME=SPEC, or a spec alone; an = behind a comma, colon or slash belongs to the spec."""
-    name, equals, spec = text.partition("=")
-    if not equals or re.search(r"[,:/\\]", name):
-        return None, text
-    if not name or not spec:
-        raise SourceError(f"'{text}' is no NAME=SPEC; write it as MAE=mae.pth")
-    if name in OPTIONS:
-        raise SourceError(
-            f"'{text}' is an option of a model: join it to its spec by a comma, as in "
-            f"MAE=mae.pth,{text}"
-        )
-    return name, spec
-
-
 def _grouped(text: str) -> tuple[str, list[str]]:
     """NAME=SPEC,SPEC,... as a name and specs; a part such as heads=12 is an option of the spec
     before it."""
@@ -634,16 +644,6 @@ def _listed(path: Path) -> list[tuple[str | None, str, dict[str, Any]]]:
     return entries
 
 
-def _override(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise SourceError(f"'{text}' is no KEY=VALUE; write it as epochs=3")
-    try:
-        return key, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return key, value
-
-
 def _as_json(result: Comparison, page: Path) -> str:
     """What `--json` prints: the summary of a result, and where its report and its file are."""
     places = {"page": str(page), "result": str(page.with_name("results.nc"))}
@@ -669,6 +669,13 @@ def _reported(result: Comparison, out: Path, force: bool, loggers: Sequence[str]
         raise
     kept.unlink()
     return page
+
+
+def _joined(folders: Sequence[Path]) -> Scores:
+    """The scores of several evaluations."""
+    from vitprobe.scores import Scores, open_scores
+
+    return sum((open_scores(folder) for folder in folders), Scores([]))
 
 
 def _plan(models: Sequence[Subject], count: int, settings: Settings, random_reference: bool) -> str:

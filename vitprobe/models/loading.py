@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from vitprobe.bundled import bundled_encoder
 from vitprobe.errors import CaptureError, CheckpointError, SourceError
 from vitprobe.models.architecture import infer_architecture
 from vitprobe.models.branches import choose_branch, saved_settings
@@ -22,7 +23,7 @@ from vitprobe.models.filling import fill, fit, read_encoder
 from vitprobe.models.folders import read_saved
 from vitprobe.models.huggingface_models import load_huggingface
 from vitprobe.models.inert import as_mapping
-from vitprobe.models.model import ASSUMED, Claims, Fact, Model, module_facts, statistics_facts
+from vitprobe.models.model import ASSUMED, Claims, Fact, Model, live_model, statistics_facts
 from vitprobe.models.sources import OPTIONS, RUN_ENCODER, ModelSpec, parse_spec, read_option
 from vitprobe.models.timm_models import configured_statistics, load_timm
 from vitprobe.models.torchvision_models import load_torchvision
@@ -45,8 +46,8 @@ def load(
     heads: int | None = None,
     **options: Any,
 ) -> Model:
-    """Load a model from a spec: "path/to/file", "path/to/saved/folder", "run:DIR", "timm:NAME",
-    "hf:FOLDER_OR_REPOSITORY", "torchvision:NAME", "init:NAME".
+    """Load a model from a spec: "path/to/file", "path/to/saved/folder", "run:DIR", "bundled:NAME",
+    "timm:NAME", "hf:FOLDER_OR_REPOSITORY", "torchvision:NAME", "init:NAME".
 
     "init:" before any of them takes only the architecture and draws the weights; "init:NAME" is a
     timm model.
@@ -69,10 +70,8 @@ def load(
         )
     if parsed.kind in _LIBRARIES:
         return _LIBRARIES[parsed.kind](parsed, name)
-    path = Path(parsed.target)
+    path = checkpoint_path(parsed)
     stem = _SUFFIXES.sub("", path.name)
-    if parsed.kind == "run":
-        path = path / RUN_ENCODER
     if parsed.kind == "run" or (parsed.kind == "init_file" and path.name == RUN_ENCODER):
         if not os.path.isfile(path):
             raise SourceError(
@@ -83,6 +82,16 @@ def load(
     return _load_file(
         path, parsed, name or (f"init:{stem}" if parsed.kind == "init_file" else stem)
     )
+
+
+def checkpoint_path(spec: ModelSpec) -> Path:
+    """Where the file or saved folder of a spec of one lies.
+
+    Raises SourceError for an encoder that does not come with vitprobe.
+    """
+    if spec.kind == "bundled":
+        return bundled_encoder(spec.target)
+    return Path(spec.target) / RUN_ENCODER if spec.kind == "run" else Path(spec.target)
 
 
 def wrap(
@@ -130,23 +139,15 @@ def wrap(
         option: None if values is None else read_option(option, values, f"wrap of '{name}'")
         for option, values in (("mean", mean), ("std", std))
     }
-    facts = {
-        **module_facts(module, anatomy, "module"),
-        **statistics_facts(
-            input_size[0],
-            mean=[("user", given["mean"]), ("timm", configured[0])],
-            std=[("user", given["std"]), ("timm", configured[1])],
-        ),
-    }
-    return Model(
-        name=name,
-        module=module,
-        spec="module",
-        input_size=input_size,
-        mean=facts["mean"].value,
-        std=facts["std"].value,
-        anatomy=anatomy,
-        facts=facts,
+    return live_model(
+        name,
+        module,
+        "module",
+        input_size,
+        anatomy,
+        evidence="module",
+        mean=[("user", given["mean"]), ("timm", configured[0])],
+        std=[("user", given["std"]), ("timm", configured[1])],
     )
 
 

@@ -1,10 +1,12 @@
 """Figures of a comparison, one function a figure, and of training runs.
 
-Every function takes a `Comparison`, but `training_curves` a table of `vitprobe.runs`. Those with
+Every function takes a `Comparison`; `accuracy` and `probes_by_depth` take `Scores` as well, and
+`training_curves` a table of `vitprobe.runs`. Those with
 `ax` draw into it under the caller's own style and return it; without `ax` they make a figure under
 vitprobe's. Nothing here changes global style.
 """
 
+from vitprobe.plots.accuracy import accuracy, probes_by_depth
 from vitprobe.plots.attention import (
     attention_distance,
     attention_entropy,
@@ -25,6 +27,7 @@ from vitprobe.plots.style import paper_style, save
 from vitprobe.plots.training import training_curves
 
 __all__ = [
+    "accuracy",
     "attention_distance",
     "attention_entropy",
     "attention_overlay",
@@ -37,6 +40,7 @@ __all__ = [
     "group_spread",
     "interval_width",
     "paper_style",
+    "probes_by_depth",
     "save",
     "similarity_grid",
     "similarity_heatmap",

@@ -364,10 +364,15 @@ class _Pool:
                 generator=torch.Generator(),
                 **several,
             )
-        with warnings.catch_warnings():
-            # Python warns of forking beside threads; torch's workers do not need their locks.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            self._results = iter(self._loader)
+        # Held back in the workers too, until they know how to outlive it.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            with warnings.catch_warnings():
+                # Python warns of forking beside threads; torch's workers do not need their locks.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                self._results = iter(self._loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     def _next(self) -> tuple[Tensor, ...]:
         try:
@@ -390,3 +395,4 @@ def _outlive_sigterm(_worker: int) -> None:
     The main process then finishes its step and saves; it ends the workers itself.
     """
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
