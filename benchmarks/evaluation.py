@@ -4,8 +4,8 @@
     python benchmarks/evaluation.py --spec mae.pth,heads=12 --data fashion-mnist
     python benchmarks/evaluation.py --train 50000 --size 224 --patch 16 --device cuda
 
-`vitprobe evaluate frozen` with its defaults (k-NN and a linear classifier, over DINOv2's four
-feature choices and seven penalties) against a loop that runs the same model over the same images in
+`vitprobe evaluate frozen` with its defaults (k-NN and a linear classifier, over two choices of
+features and seven penalties) against a loop that runs the same model over the same images in
 the same batches and keeps nothing. Data is made: classes of noise around a picture each, so that
 classifiers have work to do. CPU seconds are those of this process in all its threads; on a GPU look
 at the wall clock.

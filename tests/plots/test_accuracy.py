@@ -8,7 +8,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from synthetic import Subject, comparison
+from plots.synthetic import Subject, comparison
 
 from vitprobe import plots
 from vitprobe.errors import ResultError

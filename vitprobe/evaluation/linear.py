@@ -21,7 +21,7 @@ from torch import Tensor
 from vitprobe.errors import MeasureError
 from vitprobe.evaluation.features import AUTO, Choice, parse_choice
 from vitprobe.evaluation.intervals import accuracy_interval
-from vitprobe.evaluation.logistic import Classifier, Regression
+from vitprobe.evaluation.logistic import ROUGH, Classifier, Regression
 from vitprobe.evaluation.pooled import Banks, FeatureProtocol
 from vitprobe.evaluation.subsets import held_out
 from vitprobe.models import Model
@@ -32,15 +32,14 @@ HELD_OUT: Final = 0.2
 _ENOUGH: Final = 200
 """Held-out images in all; where one split has fewer, up to `_SPLITS` are made."""
 _SPLITS: Final = 5
-_CLASS_CHOICES: Final = ("cls", "cls+mean", "cls4", "cls4+mean")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(FeatureProtocol):
     """Top-1 accuracy of a linear classifier on frozen features.
 
-    Of the model's output one row: the best of `features`, by default DINOv2's four (class token,
-    class and mean, each of the last block and of the last four). By layer one row each.
+    Of the model's output one row: the best of `features`, by default what the model's own head
+    reads, and class token and mean of patches side by side. By layer one row each.
 
     l2: strengths of the penalty to choose from, see `vitprobe.evaluation.logistic`.
     """
@@ -75,8 +74,7 @@ class Linear(FeatureProtocol):
     def _row(self, banks: Banks, choices: Sequence[Choice]) -> Score:
         choice, l2, about = _best(banks, choices, self.l2, self.seed)
         regression = Regression(banks.train[choice], banks.train_labels, banks.classes)
-        # The stronger ones come first, as a way to this one.
-        *_, (_, classifier) = regression.path([other for other in self.l2 if other >= l2])
+        ((_, classifier),) = regression.path([l2])
         hits = _hits(classifier, banks.test[choice], banks.test_labels)
         settings = {"l2": l2, **about}
         if len(choices) > 1:
@@ -86,13 +84,9 @@ class Linear(FeatureProtocol):
 
 
 def usual_choices(model: Model) -> list[Choice]:
-    """DINOv2's feature choices, as far as the model has them."""
-    own = parse_choice(AUTO, model)
-    deep = model.anatomy.plain and len(model.anatomy.blocks) >= 4
-    if parse_choice("cls", model).pool == "mean":
-        return [own, *([parse_choice("mean4", model)] if deep else [])]
-    texts = [text for text in _CLASS_CHOICES if deep or "4" not in text]
-    return list(dict.fromkeys([own, *(parse_choice(text, model) for text in texts)]))
+    """What is chosen among unless the user says otherwise: features of the last block."""
+    own, both = (parse_choice(text, model) for text in (AUTO, "cls+mean"))
+    return list(dict.fromkeys([own, both]))
 
 
 def _best(
@@ -120,12 +114,12 @@ def _best(
             features = banks.train[choice]
             regression = Regression(features[fitted], banks.train_labels[fitted], banks.classes)
             losses: list[float] = []
-            for l2, classifier in regression.path(strengths):
+            for l2, classifier in regression.path(strengths, ROUGH):
                 logits = classifier.logits(features[chosen])
                 hits[choice, l2] += int((logits.argmax(dim=1) == truth).sum())
                 losses.append(float(torch.nn.functional.cross_entropy(logits, truth)))
                 # Ever weaker penalties take ever longer, and from here on overfit.
-                if len(splits) == 1 and len(losses) > 2 and losses[-1] > losses[-2] > losses[-3]:
+                if len(splits) == 1 and losses[-1] > losses[max(-2, -len(losses))]:
                     break
     choice, l2 = max(hits, key=lambda key: hits[key])
     return choice, l2, {"held_out": kept, "splits": len(splits)}
