@@ -35,7 +35,7 @@ def test_an_encoder_loads_whole_and_says_how_it_was_trained(name):
 
 
 def test_the_twin_of_an_encoder_is_drawn_anew():
-    twin = vp.load(f"init:{bundled_encoder('fashion_mae')}")
+    twin = vp.load("init:bundled:fashion_mae")
     own = vp.load("bundled:fashion_mae")
     name = "blocks.3.mlp.fc1.weight"
     assert not np.allclose(twin.module.get_parameter(name), own.module.get_parameter(name))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from vitprobe.datasets import (
 )
 from vitprobe.errors import ResultError
 from vitprobe.results import Comparison
+from vitprobe.scores import Score, Scores
 
 
 @pytest.fixture(scope="module")
@@ -649,3 +651,32 @@ def test_damaged_attention_layers_are_told_in_words(tmp_path):
     path = Comparison.assemble(groups, provenance).save(tmp_path / "bad.nc")
     with pytest.raises(ResultError, match="an attention layer of XCiT has no kind"):
         vp.open_result(path)
+
+
+def test_scores_join_a_result_and_are_saved_with_it(made, tmp_path):
+    row = Score("A 1", "a.pth", "knn", "digits", 360, "top1", 0.9, 0.87, 0.93, settings={"k": 20})
+    assert len(made.scores) == 0
+    assert list(made.scores) == list(Scores([row]).to_dataframe())
+    joined = made.with_scores(Scores([row], [{"seed": 0}]))
+    joined = joined.with_scores(Scores([row, replace(row, model="B 1", layer=2)]))
+    assert len(made.scores) == 0
+    again = vp.open_result(joined.save(tmp_path / "run.nc"))
+    for result in (joined, again):
+        assert list(result.scores["model"]) == ["A 1", "B 1"]
+        assert result.scores["layer"].isna().tolist() == [True, False]
+        assert result.scores["value"].tolist() == [0.9, 0.9]
+    assert len(vp.open_result(made.save(tmp_path / "older.nc")).scores) == 0
+
+
+def test_scores_of_no_model_are_refused(made):
+    row = Score("C", "c.pth", "knn", "digits", 360, "top1", 0.9)
+    with pytest.raises(ResultError, match=r"the scores of 'C' \(c.pth\) belong to no model"):
+        made.with_scores(Scores([row]))
+
+
+def test_damaged_scores_are_told_in_a_sentence(made, tmp_path):
+    row = Score("A 1", "a.pth", "knn", "digits", 360, "top1", 0.9)
+    joined = made.with_scores(Scores([row]))
+    joined.tree["scores"] = joined.tree["scores"].to_dataset().drop_vars("metric")
+    with pytest.raises(ResultError, match="no whole vitprobe result"):
+        vp.open_result(joined.save(tmp_path / "run.nc"))

@@ -60,3 +60,48 @@ def test_other_files_are_refused_in_a_sentence(tmp_path, text):
         open_scores(tmp_path)
     with pytest.raises(ResultError, match="no scores"):
         open_scores(tmp_path / "absent.json")
+
+
+def test_rows_find_their_model_by_name_or_else_by_checkpoint():
+    models = {"MAE 1": "", "DINO": "d1", "a": "aa", "b": "aa"}
+    rows = [
+        replace(ROW, sha256="ff"),
+        replace(ROW, model="dino_tiny", sha256="d1"),
+        replace(ROW, model="b", sha256="aa"),
+    ]
+    assert [row.model for row in Scores(rows).matched(models).rows] == ["MAE 1", "DINO", "b"]
+
+
+@pytest.mark.parametrize(
+    ("model", "sha256", "said"),
+    [
+        ("other", "ee", "belong to no model compared; evaluate it under .* one of DINO, a, b"),
+        ("other", "", "belong to no model compared"),
+        ("other", "aa", "belong to the checkpoint of a and b"),
+        ("DINO", "ee", r"'DINO' are of another checkpoint \(SHA-256 ee…\) .* \(d1…\)"),
+    ],
+)
+def test_rows_of_no_model_are_refused(model, sha256, said):
+    with pytest.raises(ResultError, match=said):
+        Scores([replace(ROW, model=model, sha256=sha256)]).matched(
+            {"DINO": "d1", "a": "aa", "b": "aa"}
+        )
+
+
+def test_scores_become_arrays_and_come_back():
+    rows = (ROW, replace(ROW, layer=3, low=math.nan, high=math.nan), replace(ROW, kept=0))
+    again = Scores.from_dataset(Scores(rows, [{"seed": 1}]).to_dataset())
+    assert again.rows[0] == rows[0]
+    assert again.rows[2] == rows[2]
+    assert math.isnan(again.rows[1].low)
+    assert again.rows[1].layer == 3
+    assert again.provenance == ({"seed": 1},)
+
+
+def test_text_has_a_line_a_score():
+    text = Scores([ROW, replace(ROW, layer=2, labels=0.01, low=math.nan)]).to_text()
+    first, second = text.splitlines()
+    assert first == "MAE 1: knn top1 0.9000 [0.8700, 0.9300] (360 images of digits, k 20)"
+    assert (
+        second == "MAE 1: knn top1 0.9000 (360 images of digits, layer 2, 0.01 of the labels, k 20)"
+    )

@@ -24,8 +24,8 @@ from vitprobe import distributed, provenance
 from vitprobe.data.labelled import Labelled, load_labelled
 from vitprobe.devices import find_device
 from vitprobe.errors import CheckpointError, RecipeError, ResultError
+from vitprobe.loggers import Logger, check_loggers, open_loggers
 from vitprobe.training.encoder import save_encoder
-from vitprobe.training.loggers import Logger, check_loggers, open_loggers
 from vitprobe.training.pictures import save_grid
 from vitprobe.training.recipe import Recipe, load_recipe
 from vitprobe.training.run import Run
