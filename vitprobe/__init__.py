@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from vitprobe.compare import compare
     from vitprobe.data.images import Images, images
     from vitprobe.errors import VitprobeError
+    from vitprobe.evaluation.evaluate import evaluate
     from vitprobe.models import LoadReport, Model, load, wrap
     from vitprobe.probe import Probe, open_probe, probe
     from vitprobe.report import report
     from vitprobe.results import Comparison, open_result
+    from vitprobe.scores import Scores, open_scores
     from vitprobe.training import pretrain
 
 __version__ = "0.1.0"
@@ -36,14 +38,17 @@ _WHERE = {
     "LoadReport": "vitprobe.models",
     "Model": "vitprobe.models",
     "Probe": "vitprobe.probe",
+    "Scores": "vitprobe.scores",
     "VitprobeError": "vitprobe.errors",
     "capture": "vitprobe.capture.api",
     "capturing": "vitprobe.capture.api",
     "compare": "vitprobe.compare",
+    "evaluate": "vitprobe.evaluation.evaluate",
     "images": "vitprobe.data.images",
     "load": "vitprobe.models",
     "open_probe": "vitprobe.probe",
     "open_result": "vitprobe.results",
+    "open_scores": "vitprobe.scores",
     "pretrain": "vitprobe.training",
     "probe": "vitprobe.probe",
     "report": "vitprobe.report",
@@ -58,15 +63,18 @@ __all__ = [
     "LoadReport",
     "Model",
     "Probe",
+    "Scores",
     "VitprobeError",
     "capture",
     "capturing",
     "compare",
+    "evaluate",
     "images",
     "load",
     "measures",
     "open_probe",
     "open_result",
+    "open_scores",
     "plots",
     "pretrain",
     "probe",

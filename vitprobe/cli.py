@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import tyro
 
+from vitprobe.commands.arguments import check_output, named
+from vitprobe.commands.evaluate_features import EvaluateHead, EvaluateKnn
 from vitprobe.errors import DataError, ElsewhereError, ResultError, SourceError, VitprobeError
-from vitprobe.models.sources import OPTIONS, parse_spec
+from vitprobe.models.sources import parse_spec
 
 if TYPE_CHECKING:
     from vitprobe.models.model import Subject
@@ -60,7 +62,7 @@ class Inspect:
     or a probe file."""
 
     def run(self) -> str:
-        name, spec = _named(self.spec)
+        name, spec = named(self.spec)
         if parse_spec(spec).kind == "probe":
             from vitprobe.probe import describe_probe, open_probe
 
@@ -125,7 +127,7 @@ class Compare:
     """Replace an earlier report in OUT."""
 
     def run(self) -> str:
-        specs = [_named(spec) for spec in self.specs]
+        specs = [named(spec) for spec in self.specs]
         entries: list[tuple[str | None, str, dict[str, Any]]] = [(n, s, {}) for n, s in specs]
         if self.models is not None:
             entries += _listed(self.models)
@@ -236,7 +238,7 @@ class Probe:
     """Replace OUT, or what a run that was cut short has left of it."""
 
     def run(self) -> str:
-        name, spec = _named(self.spec)
+        name, spec = named(self.spec)
         parse_spec(spec)  # a slip in a spec is told before torch is imported
 
         from vitprobe.models import load
@@ -392,6 +394,22 @@ class Runs:
         return f"{table}\n{self.out if self.out != stem else f'{stem}.pdf'}"
 
 
+Protocol = (
+    Annotated[EvaluateHead, tyro.conf.subcommand("head")]
+    | Annotated[EvaluateKnn, tyro.conf.subcommand("knn")]
+)
+
+
+@dataclass
+class Evaluate:
+    """Measure what a checkpoint is worth for a task, under one of several protocols."""
+
+    protocol: tyro.conf.OmitArgPrefixes[tyro.conf.OmitSubcommandPrefixes[Protocol]]
+
+    def run(self) -> str:
+        return self.protocol.run()
+
+
 @dataclass
 class Export:
     """Write a model as a folder that timm (local-dir:) or transformers loads."""
@@ -420,22 +438,10 @@ Command = (
     | Annotated[Probe, tyro.conf.subcommand("probe")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Runs, tyro.conf.subcommand("runs")]
     | Annotated[Export, tyro.conf.subcommand("export")]
 )
-
-
-def check_output(out: Path, force: bool) -> None:
-    """Raise ResultError, before torch is imported, where a report plainly cannot go to `out`."""
-    if out.exists() and not force:
-        raise ResultError(f"'{out}' exists; give another --out, or --force to replace it")
-    parent = out.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise ResultError(f"cannot write '{out}': '{parent}' is no folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise ResultError(f"cannot write '{out}': no permission to write in '{parent}'")
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
@@ -541,21 +547,6 @@ def _unboxed(text: str) -> str:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def _named(text: str) -> tuple[str | None, str]:
-    """NAME=SPEC, or a spec alone; an = behind a comma, colon or slash belongs to the spec."""
-    name, equals, spec = text.partition("=")
-    if not equals or re.search(r"[,:/\\]", name):
-        return None, text
-    if not name or not spec:
-        raise SourceError(f"'{text}' is no NAME=SPEC; write it as MAE=mae.pth")
-    if name in OPTIONS:
-        raise SourceError(
-            f"'{text}' is an option of a model: join it to its spec by a comma, as in "
-            f"MAE=mae.pth,{text}"
-        )
-    return name, spec
 
 
 def _grouped(text: str) -> tuple[str, list[str]]:

@@ -95,6 +95,22 @@ class Scores:
         table["settings"] = [json.dumps(row.settings, sort_keys=True) for row in self.rows]
         return table.astype({"layer": "Int64", "kept": "Int64", "value": float})
 
+    def to_text(self) -> str:
+        """A line a score: model, protocol, value with its interval, and what it was measured on."""
+        lines = []
+        for row in self.rows:
+            interval = f" [{row.low:.4f}, {row.high:.4f}]" if row.low == row.low else ""
+            about = [f"{row.images:,} images of {row.dataset}"]
+            about += [f"layer {row.layer}"] if row.layer is not None else []
+            about += [f"{row.kept} blocks kept"] if row.kept is not None else []
+            about += [f"{row.labels:.3g} of the labels"] if row.labels < 1 else []
+            about += [f"{key} {value}" for key, value in row.settings.items()]
+            lines.append(
+                f"{row.model}: {row.protocol} {row.metric} {row.value:.4f}{interval} "
+                f"({', '.join(about)})"
+            )
+        return "\n".join(lines)
+
     def over_seeds(self, groups: Mapping[str, Sequence[str]], level: float = 0.95) -> pd.DataFrame:
         """Means over the models of each group, with Student's t interval (seeds - 1 degrees).
 

@@ -262,25 +262,27 @@ class Blocks:
 
 
 def resize(square: Tensor, view: View) -> Tensor:
-    """A square image as a model wants it: (c, s, s) in [0, 1] → (channels, height, width).
+    """Square images as a model wants them: (…, c, s, s) in [0, 1] → (…, channels, height, width).
 
     Bicubic with antialiasing, on floats; grey is repeated for three channels, and colour becomes
-    ITU-R BT.601 luminance for one.
+    ITU-R BT.601 luminance for one. One leading axis at most, of images.
     """
-    if square.shape[0] == 3 and view.channels == 1:
-        square = (square * square.new_tensor(LUMINANCE)[:, None, None]).sum(0, keepdim=True)
-    elif square.shape[0] == 1 and view.channels == 3:
-        square = square.expand(3, -1, -1)
-    elif square.shape[0] != view.channels:
+    channels = square.shape[-3]
+    if channels == 3 and view.channels == 1:
+        square = (square * square.new_tensor(LUMINANCE)[:, None, None]).sum(-3, keepdim=True)
+    elif channels == 1 and view.channels == 3:
+        square = square.expand(*square.shape[:-3], 3, -1, -1)
+    elif channels != view.channels:
         raise DataError(
-            f"images of {square.shape[0]} channels cannot be given to a model of {view.channels}"
+            f"images of {channels} channels cannot be given to a model of {view.channels}"
         )
-    if square.shape[1:] == (view.height, view.width):
+    if square.shape[-2:] == (view.height, view.width):
         return square.contiguous()
+    images = square if square.ndim == 4 else square[None]
     resized = F.interpolate(
-        square[None], (view.height, view.width), mode="bicubic", antialias=True, align_corners=False
-    )
-    return resized[0].clamp(0, 1)
+        images, (view.height, view.width), mode="bicubic", antialias=True, align_corners=False
+    ).clamp(0, 1)
+    return resized if square.ndim == 4 else resized[0]
 
 
 def decode(read: Read, views: Sequence[View]) -> Decoded | None:

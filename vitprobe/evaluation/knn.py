@@ -8,6 +8,8 @@ with k = 20 and temperature 0.07, the defaults here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,17 +22,16 @@ _MOST_SIMILARITIES = 2**26
 
 
 @torch.no_grad()
-def knn_accuracy(
+def knn_predictions(
     train: Tensor,
     train_labels: Tensor,
     test: Tensor,
-    test_labels: Tensor,
     *,
-    k: int = 20,
+    ks: Sequence[int] = (20,),
     temperature: float = 0.07,
     classes: int | None = None,
-) -> float:
-    """Top-1 accuracy, a share of 1, of weighted k-nearest-neighbour classification.
+) -> dict[int, Tensor]:
+    """The class that weighted k-nearest-neighbour classification gives each test image.
 
     Computed in float32, without TF32 or autocast, on the device of `train`; some test images at a
     time, so that memory does not grow with their number. Among classes with equal votes the lowest
@@ -38,10 +39,13 @@ def knn_accuracy(
 
     Args:
         train, test: features (n, p) and (m, p).
-        train_labels, test_labels: classes (n,) and (m,), integers from 0.
-        k: neighbours that vote.
+        train_labels: classes (n,), integers from 0.
+        ks: numbers of neighbours that vote.
         temperature: of their weights; the larger, the more a vote counts as any other.
         classes: how many there are; by default as many as the labels name.
+
+    Returns:
+        For each k, classes (m,) int64 on the device of `train`.
 
     Raises:
         MeasureError: features of another shape, not finite or all zero (they have no direction), a
@@ -55,31 +59,59 @@ def knn_accuracy(
             f"train features have {train.shape[1]} dimensions and test features {test.shape[1]}; "
             "take both from the same model"
         )
-    if not 1 <= k <= len(train):
-        raise MeasureError(f"k must lie within 1 and the {len(train)} training images, not be {k}")
+    for k in ks:
+        if not 1 <= k <= len(train):
+            raise MeasureError(
+                f"k must lie within 1 and the {len(train)} training images, not be {k}"
+            )
     if not temperature > 0:
         raise MeasureError(f"temperature must be above 0, not {temperature}")
     _check_labels("train", train_labels, len(train), classes)
-    _check_labels("test", test_labels, len(test), classes)
     if classes is None:
-        classes = 1 + int(max(train_labels.max(), test_labels.max()))
+        classes = 1 + int(train_labels.max())
 
     device = train.device
-    known, truth = train_labels.to(device, torch.int64), test_labels.to(device, torch.int64)
-    hits = torch.zeros((), dtype=torch.int64, device=device)
+    known = train_labels.to(device, torch.int64)
+    found: dict[int, list[Tensor]] = {k: [] for k in ks}
     with exact_products(), torch.autocast(device.type, enabled=False):
         gallery = F.normalize(train.float(), dim=1)
         size = max(1, _MOST_SIMILARITIES // len(gallery))
-        for queries, expected in zip(test.split(size), truth.split(size), strict=True):
+        for queries in test.split(size):
             similarity = F.normalize(queries.to(device, torch.float32), dim=1) @ gallery.T
-            nearest, index = similarity.topk(k, dim=1)
+            nearest, index = similarity.topk(max(ks), dim=1)
             # The common factor exp(-s_max / temperature) keeps the weights finite and changes no
             # comparison of votes.
             weights = ((nearest - nearest[:, :1]) / temperature).exp()
-            votes = weights.new_zeros(len(queries), classes)
-            votes.scatter_add_(1, known[index], weights)
-            hits += (votes.argmax(dim=1) == expected).sum()
-    return hits.item() / len(test)
+            for k, chosen in found.items():
+                votes = weights.new_zeros(len(queries), classes)
+                votes.scatter_add_(1, known[index[:, :k]], weights[:, :k])
+                chosen.append(votes.argmax(dim=1))
+    return {k: torch.cat(chosen) for k, chosen in found.items()}
+
+
+def knn_accuracy(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    *,
+    k: int = 20,
+    temperature: float = 0.07,
+    classes: int | None = None,
+) -> float:
+    """Top-1 accuracy, a share of 1, of weighted k-nearest-neighbour classification.
+
+    As `knn_predictions`, for one k, with the classes (m,) that the test images have.
+
+    Raises:
+        MeasureError, DataError: as `knn_predictions`.
+    """
+    if test.ndim == 2 and len(test):
+        _check_labels("test", test_labels, len(test), classes)
+    found = knn_predictions(
+        train, train_labels, test, ks=[k], temperature=temperature, classes=classes
+    )[k]
+    return float((found == test_labels.to(found.device)).double().mean())
 
 
 def _check_features(name: str, features: Tensor) -> None:

@@ -1,0 +1,38 @@
+"""What commands do with their arguments before anything heavy is imported."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from vitprobe.errors import ResultError, SourceError
+from vitprobe.models.sources import OPTIONS
+
+
+def named(text: str) -> tuple[str | None, str]:
+    """NAME=SPEC, or a spec alone; an = behind a comma, colon or slash belongs to the spec."""
+    name, equals, spec = text.partition("=")
+    if not equals or re.search(r"[,:/\\]", name):
+        return None, text
+    if not name or not spec:
+        raise SourceError(f"'{text}' is no NAME=SPEC; write it as MAE=mae.pth")
+    if name in OPTIONS:
+        raise SourceError(
+            f"'{text}' is an option of a model: join it to its spec by a comma, as in "
+            f"MAE=mae.pth,{text}"
+        )
+    return name, spec
+
+
+def check_output(out: Path, force: bool) -> None:
+    """Raise ResultError, before torch is imported, where a result plainly cannot go to `out`."""
+    if out.exists() and not force:
+        raise ResultError(f"'{out}' exists; give another --out, or --force to replace it")
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise ResultError(f"cannot write '{out}': '{parent}' is no folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ResultError(f"cannot write '{out}': no permission to write in '{parent}'")
