@@ -265,7 +265,7 @@ def _metadata(run: Run, log: Path) -> dict[str, Any]:
     last = json.loads(_lines(log)[-1]) if run.epoch else {}
     recipe, encoder = run.recipe, run.recipe.encoder
     described = {
-        "architecture": encoder.architecture(run.method.encoder.num_classes),
+        "architecture": run.method.architecture(encoder),
         "mean": list(encoder.mean),
         "std": list(encoder.std),
         "method": recipe.method.name,
@@ -275,8 +275,9 @@ def _metadata(run: Run, log: Path) -> dict[str, Any]:
         "classes": list(run.classes),
         "metrics": {k: v for k, v in last.items() if k not in _PROGRESS_KEYS},
     }
-    if run.method.teacher_sha256 is not None:
-        described["teacher_sha256"] = run.method.teacher_sha256
+    for name in ("init_sha256", "teacher_sha256"):
+        if (digest := getattr(run.method, name)) is not None:
+            described[name] = digest
     return described
 
 
