@@ -79,6 +79,20 @@ def wait() -> None:
         dist.barrier()
 
 
+def from_first(value: T) -> T:
+    """The value that process 0 has, a small object, in every process."""
+    return gather_objects(value)[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """A small object of every process, in rank order."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def mean(tensor: Tensor) -> Tensor:
     """The mean over the processes of a tensor of any shape; its gradient flows through."""
     if world_size() == 1:

@@ -26,9 +26,13 @@ _FINE: Final = 4
 """Masks are drawn this much finer than they are kept, so that edges fall where they should."""
 _SEEN: Final = 0.5
 """Least share of a shape that others leave to be seen."""
+_CONTRAST: Final = 60
+"""Least distance in RGB between a shape's colour and that of what it covers."""
 _IGNORED: Final = 255
-# As in PASCAL VOC: a pixel's value is its class, and the colour is for looking at.
-_PALETTE: Final = [0, 0, 0, 230, 159, 0, 86, 180, 233, 0, 158, 115, 204, 121, 167]
+# As in PASCAL VOC: a pixel's value is its class, and the colour is for looking at. All 256 colours
+# are there, as Pillow would store fewer in too few bits for what is ignored.
+_COLOURS: Final = (0, 0, 0, 230, 159, 0, 86, 180, 233, 0, 158, 115, 204, 121, 167)
+_PALETTE: Final = [*_COLOURS, *(3 * 256 - len(_COLOURS)) * [255]]
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,20 @@ class Shapes:
             raise DataError(f"shapes need pictures of at least 32 pixels, not {self.size}")
         if not 0 <= self.fewest <= self.most:
             raise DataError(f"from {self.fewest} to {self.most} shapes is no range")
+
+
+def shapes_of(source: str) -> Shapes | None:
+    """The set that `shapes` or `shapes:SEED` names; None for what names another.
+
+    Raises:
+        DataError: the seed is none.
+    """
+    name, colon, seed = source.partition(":")
+    if name != "shapes":
+        return None
+    if colon and not (seed.isascii() and seed.isdigit()):
+        raise DataError(f"'{source}' names no seed; write it as shapes:1")
+    return Shapes(seed=int(seed or 0))
 
 
 class Picture(NamedTuple):
@@ -88,12 +106,18 @@ def draw(shapes: Shapes, part: str, number: int) -> Picture:
             continue
         masks = [*behind, mask]
         labels.append(label)
-        image[mask] = _texture(rng, size, faint=0.35)[mask]
+        around = image[mask].mean(axis=0)
+        texture = _texture(rng, size, faint=0.35)
+        while np.linalg.norm(texture[mask].mean(axis=0) - around) < _CONTRAST:
+            texture = _texture(rng, size, faint=0.35)
+        image[mask] = texture[mask]
     stacked = np.stack(masks) if masks else np.zeros((0, size, size), dtype=bool)
-    return Picture(image, stacked, np.array(labels, dtype=np.int64))
+    image += 8 * rng.standard_normal(image.shape, dtype=np.float32)
+    pixels = image.clip(0, 255).round().astype(np.uint8)
+    return Picture(pixels, stacked, np.array(labels, dtype=np.int64))
 
 
-def _texture(rng: np.random.Generator, size: int, faint: float = 1.0) -> NDArray[np.uint8]:
+def _texture(rng: np.random.Generator, size: int, faint: float = 1.0) -> NDArray[np.float32]:
     """Two colours mixed by smooth noise and stripes; `faint` brings them closer together."""
     rows, columns = np.mgrid[:size, :size] / size
     angle, waves, phase = rng.uniform(0, math.pi), rng.uniform(2, 8), rng.uniform(0, math.tau)
@@ -104,14 +128,13 @@ def _texture(rng: np.random.Generator, size: int, faint: float = 1.0) -> NDArray
     smooth = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
     mixed = (0.5 + faint * (0.2 * stripes + 0.3 * smooth)).clip(0, 1)[..., None]
     one, other = rng.uniform(30, 225, (2, 3))
-    grain = rng.normal(0, 8, (size, size, 3))
-    made = mixed * one + (1 - mixed) * other + grain
-    return made.clip(0, 255).round().astype(np.uint8)
+    made: NDArray[np.float32] = (mixed * one + (1 - mixed) * other).astype(np.float32)
+    return made
 
 
 def _shape(rng: np.random.Generator, size: int) -> tuple[int, NDArray[np.bool_]]:
     label = int(rng.integers(len(CLASSES)))
-    radius = rng.uniform(0.11, 0.24) * size
+    radius = rng.uniform(0.12, 0.25) * size
     x, y = rng.uniform(0.9 * radius, size - 0.9 * radius, 2)
     turn = rng.uniform(0, math.tau)
     canvas = Image.new("L", (size * _FINE, size * _FINE))

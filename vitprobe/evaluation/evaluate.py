@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 PROTOCOLS: Final = {
     "head": "vitprobe.evaluation.head.Head",
     "knn": "vitprobe.evaluation.nearest.Knn",
+    "detection": "vitprobe.evaluation.dense.protocols.Detection",
+    "segmentation": "vitprobe.evaluation.dense.protocols.Segmentation",
 }
 """Where each is; loaded when it is asked for."""
 

@@ -22,17 +22,24 @@ from vitprobe.training.recipe import Written, read_recipe
 class DetectorConfig:
     """Mask R-CNN (He et al. 2017) on a simple feature pyramid; a recipe's table [detector].
 
-    channels: of the pyramid and of the convolutions on it. fully_connected: width of the box
-    head's. anchor: side of the anchors of a map in its pixels. masks: whether masks are learned.
+    channels: of the pyramid and of the convolutions on it. convolutions: in the box and in the mask
+    head. fully_connected: width of the box head's. anchor: side of the anchors of a map in its
+    pixels. anchors_sampled, regions_sampled: of an image for the losses. proposals: regions kept of
+    an image. masks: whether masks are learned.
     """
 
     channels: int = 256
+    convolutions: int = 4
     fully_connected: int = 1024
     anchor: float = 8.0
+    anchors_sampled: int = 256
+    regions_sampled: int = 512
+    proposals: int = 1000
     masks: bool = True
 
     def __post_init__(self) -> None:
-        _at_least("detector", self, channels=1, fully_connected=1)
+        whole = ("channels", "convolutions", "fully_connected", "proposals")
+        _at_least("detector", self, **dict.fromkeys(whole, 1), anchors_sampled=2, regions_sampled=4)
         if self.anchor <= 0:
             raise RecipeError(f"detector.anchor must be above 0, not {self.anchor}.")
 
