@@ -5,12 +5,23 @@ BIN := $(VENV)/bin
 # Two test processes share the machine; more threads than cores only get in each other's way.
 JOBS ?= 2
 
-.PHONY: demo test lint types pytest constraints clean
+.PHONY: demo test study figures lint types pytest constraints clean
 
 demo: $(VENV)/installed
 	$(BIN)/vitprobe demo --out demo --force
 
 test: lint types pytest
+
+# Train, evaluate and compare the systems of analyses/fashion; SCHEDULE is gpu, cpu or short. What is
+# done is left alone, so that it can be called again after it was stopped.
+SCHEDULE ?= cpu
+STAGES ?= train evaluate compare
+study: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m analyses.fashion.study --schedule $(SCHEDULE) --stages $(STAGES)
+
+# Draw all figures again from the committed results.
+figures: $(VENV)/installed
+	$(BIN)/python -m figures
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -23,8 +23,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import tyro
 
-from vitprobe.commands.arguments import check_output, named
-from vitprobe.commands.evaluate_features import EvaluateHead, EvaluateKnn
+from vitprobe.commands.arguments import check_output, named, override
+from vitprobe.commands.evaluate_features import (
+    EvaluateFrozen,
+    EvaluateHead,
+    EvaluateKnn,
+    EvaluateLinear,
+)
+from vitprobe.commands.evaluate_finetune import (
+    EvaluateFinetune,
+    EvaluateLayers,
+    EvaluateTransfer,
+)
 from vitprobe.errors import DataError, ElsewhereError, ResultError, SourceError, VitprobeError
 from vitprobe.models.sources import parse_spec
 
@@ -39,17 +49,19 @@ _LEADS = os.environ.get("RANK", "0") == "0"
 
 @dataclass
 class Demo:
-    """Train four small ViTs on handwritten digits and compare them; nothing is downloaded."""
+    """Compare the encoders that come with vitprobe; nothing is downloaded."""
 
     out: Path = Path("demo")
-    """Folder for the runs and the report."""
+    """Folder for the report, and for the runs of --train."""
+    train: bool = False
+    """Train four small ViTs on handwritten digits, and compare those."""
     force: bool = False
     """Replace what an earlier demo left there."""
 
     def run(self) -> str:
         from vitprobe.demo import demo
 
-        return str(demo(self.out, force=self.force))
+        return str(demo(self.out, train=self.train, force=self.force))
 
 
 @dataclass
@@ -331,7 +343,7 @@ class Pretrain:
     """Replace an earlier run in OUT."""
 
     def run(self) -> str:
-        overrides = dict(_override(text) for text in self.set)
+        overrides = dict(override(text) for text in self.set)
         if self.out is None and not self.dry_run:
             raise SourceError("no folder for the run; give --out")
 
@@ -397,6 +409,11 @@ class Runs:
 Protocol = (
     Annotated[EvaluateHead, tyro.conf.subcommand("head")]
     | Annotated[EvaluateKnn, tyro.conf.subcommand("knn")]
+    | Annotated[EvaluateLinear, tyro.conf.subcommand("linear")]
+    | Annotated[EvaluateFrozen, tyro.conf.subcommand("frozen")]
+    | Annotated[EvaluateFinetune, tyro.conf.subcommand("finetune")]
+    | Annotated[EvaluateTransfer, tyro.conf.subcommand("transfer")]
+    | Annotated[EvaluateLayers, tyro.conf.subcommand("layers")]
 )
 
 
@@ -586,16 +603,6 @@ def _listed(path: Path) -> list[tuple[str | None, str, dict[str, Any]]]:
             raise SourceError(f"model '{name}' in '{path}' has a key name; its table is its name")
         entries.append((name, table["spec"], options))
     return entries
-
-
-def _override(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise SourceError(f"'{text}' is no KEY=VALUE; write it as epochs=3")
-    try:
-        return key, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return key, value
 
 
 def _reported(result: Comparison, out: Path, force: bool) -> Path:

@@ -24,6 +24,8 @@ import pandas as pd
 import xarray as xr
 
 from vitprobe import tables
+from vitprobe.condensed import NOTE as CONDENSED
+from vitprobe.condensed import condensed_groups
 from vitprobe.datasets import by_head, columns, pair
 from vitprobe.errors import ResultError, suggest
 from vitprobe.files import replacing
@@ -564,6 +566,18 @@ class Comparison:
         group = self.tree.children.get("samples")
         maps = None if group is None else group.children.get(str(self._index(name)))
         return None if maps is None else maps.to_dataset(inherit=False)
+
+    def condensed(self) -> Comparison:
+        """What figures and tables read, in some percent of the space.
+
+        Similarity keeps its values, standard errors and floors in single precision; measures of
+        every image become their means over images, without an interval over images; sums that
+        merge and samples are left out. A note says so.
+        """
+        measures = tuple(m for m in self.measures if self.group_of(m) == "similarity")
+        notes = [*(note for note in self.notes if note != CONDENSED), CONDENSED]
+        groups = condensed_groups(self.tree, measures)
+        return Comparison.assemble(groups, {**self.provenance, "notes": notes})
 
     def save(self, path: str | Path) -> Path:
         """Write to a netCDF file (HDF5), moved into place when whole.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vitprobe.errors import SourceError
-from vitprobe.models.loading import RUN_ENCODER, load
+from vitprobe.models.loading import checkpoint_path, load
 from vitprobe.models.model import Model, Subject
 from vitprobe.models.sources import LIBRARIES, RANDOM, parse_spec
 
@@ -29,8 +29,9 @@ def untrained(model: Model, name: str) -> Model:
         raise SourceError(f"'{model.name}' is a wrapped module, which cannot be built again")
     spec = parse_spec(model.spec)
     options: dict[str, Any] = {"size": model.input_size[1:], "mean": model.mean, "std": model.std}
-    target = spec.target if spec.kind != "run" else str(Path(spec.target) / RUN_ENCODER)
-    if spec.kind in ("file", "run", "init_file"):
+    target = spec.target
+    if spec.kind in ("file", "run", "bundled", "init_file"):
+        target = str(checkpoint_path(spec))
         if not Path(target).exists():
             raise SourceError(f"its file '{target}' is gone")
         options |= {"heads": model.facts["heads"].value, "eps": model.facts["norm_eps"].value}

@@ -31,8 +31,8 @@ from vitprobe.training.recipe import Recipe, load_recipe
 from vitprobe.training.run import Run
 from vitprobe.training.state import load_state, previous, save_state, write_text
 
-_RECIPE, _LOG, _STATE, _ENCODER = "recipe.toml", "log.jsonl", "state.pt", "encoder.safetensors"
-_ABOUT, _SNAPSHOTS, _PICTURES = "run.json", "snapshots", "pictures"
+RECIPE, LOG, STATE, ENCODER = "recipe.toml", "log.jsonl", "state.pt", "encoder.safetensors"
+ABOUT, _SNAPSHOTS, _PICTURES = "run.json", "snapshots", "pictures"
 # What a log line says about the run's progress rather than about what was learned.
 _PROGRESS_KEYS = ("step", "epoch", "lr", "images_per_s", "gradient_norm")
 # Processes have to agree on stopping and saving, which makes them wait for each other.
@@ -114,7 +114,7 @@ def pretrain(
     def finish(run: Run) -> None:
         tensors = run.engine.encoder_state()
         if distributed.rank() == 0:
-            save_encoder(tensors, out / _ENCODER, _metadata(run, out / _LOG))
+            save_encoder(tensors, out / ENCODER, _metadata(run, out / LOG))
 
     train(
         make,
@@ -127,7 +127,7 @@ def pretrain(
         loggers=loggers,
         progress=progress,
     )
-    return out / _ENCODER
+    return out / ENCODER
 
 
 def train(
@@ -152,7 +152,7 @@ def train(
     """
     with ExitStack() as stack:
         stack.enter_context(_threads(threads))
-        place = stack.enter_context(distributed.joined(_device(device)))
+        place = stack.enter_context(distributed.joined(training_device(device)))
         leads = distributed.rank() == 0
         progress = progress and leads
         stack.enter_context(torch.random.fork_rng(devices=[place] if place.type == "cuda" else []))
@@ -160,7 +160,7 @@ def train(
         stack.callback(run.close)
         check_loggers(loggers)
         if resume is None:
-            resume = distributed.from_first((out / _STATE).exists())
+            resume = distributed.from_first((out / STATE).exists())
         existed = out.is_dir()
         if existed:
             stack.enter_context(_alone(out))
@@ -212,7 +212,7 @@ def _train(run: Run, out: Path, sinks: Sequence[Logger], *, progress: bool) -> N
                 saved = now
             if stop:
                 said = (
-                    f"Stopped at step {run.step} of {run.steps}; {out / _STATE} is saved, "
+                    f"Stopped at step {run.step} of {run.steps}; {out / STATE} is saved, "
                     "resume (--resume) to go on."
                 )
                 raise KeyboardInterrupt(said) if stopped.interrupted else Terminated(said)
@@ -226,11 +226,11 @@ def _log(run: Run, out: Path, sinks: Sequence[Logger], *, quiet: bool) -> None:
     if distributed.rank() > 0:
         return
     try:
-        with (out / _LOG).open("a", encoding="utf-8") as log:
+        with (out / LOG).open("a", encoding="utf-8") as log:
             log.write(json.dumps(line) + "\n")
     except OSError as error:
         raise ResultError(
-            f"Could not write {out / _LOG}: {error.strerror}; {run.saved}, resume to go on."
+            f"Could not write {out / LOG}: {error.strerror}; {run.saved}, resume to go on."
         ) from error
     for sink in sinks:
         sink.write({k: v for k, v in line.items() if k != "step"}, run.step)
@@ -273,7 +273,7 @@ def _snapshot(run: Run, out: Path) -> None:
         folder = out / _SNAPSHOTS
         folder.mkdir(exist_ok=True)
         path = folder / f"epoch_{run.epoch:04d}.safetensors"
-        save_encoder(tensors, path, _metadata(run, out / _LOG))
+        save_encoder(tensors, path, _metadata(run, out / LOG))
 
 
 def _save(run: Run, out: Path) -> None:
@@ -283,12 +283,12 @@ def _save(run: Run, out: Path) -> None:
     run.check()
     state = run.state()
     if distributed.rank() == 0:
-        save_state(out / _STATE, state)
+        save_state(out / STATE, state)
     run.saved = saved
 
 
 def _saved(run: Run, out: Path) -> str:
-    return f"{out / _STATE} holds step {run.step}"
+    return f"{out / STATE} holds step {run.step}"
 
 
 def _agreed(run: Run, *wishes: bool) -> list[bool]:
@@ -329,14 +329,14 @@ def _prepare(out: Path, run: Run, *, resume: bool, force: bool) -> list[str]:
         return _resume(out, run)
     if distributed.rank() == 0:
         _clear(out, run.leaves, force=force)
-        write_text(out / _RECIPE, run.recipe.to_toml())
+        write_text(out / RECIPE, run.recipe.to_toml())
         data = {"source": run.recipe.data, "path": run.path, "sha256": run.fingerprint}
         about = {
             "provenance": provenance.collect(),
             "execution": asdict(run.engine.execution),
             "data": data,
         }
-        write_text(out / _ABOUT, json.dumps(about, indent=1))
+        write_text(out / ABOUT, json.dumps(about, indent=1))
     distributed.wait()
     _save(run, out)
     return []
@@ -350,9 +350,9 @@ def _clear(out: Path, leaves: Sequence[str], *, force: bool) -> None:
             )
         out.mkdir(parents=True, exist_ok=True)
         # Only what a run writes is replaced: force must not cost anyone their other files.
-        for name in (_STATE, _LOG, _RECIPE, _ABOUT, *leaves):
+        for name in (STATE, LOG, RECIPE, ABOUT, *leaves):
             (out / name).unlink(missing_ok=True)
-        previous(out / _STATE).unlink(missing_ok=True)
+        previous(out / STATE).unlink(missing_ok=True)
         _sweep(out)
         for folder, pattern in ((_SNAPSHOTS, "*.safetensors"), (_PICTURES, "*.png")):
             for path in (out / folder).glob(f"epoch_{pattern}"):
@@ -364,12 +364,12 @@ def _clear(out: Path, leaves: Sequence[str], *, force: bool) -> None:
 
 def _sweep(out: Path) -> None:
     """Remove what a process left half-written when it was killed."""
-    for path in out.glob(f".{_STATE}.*.part"):
+    for path in out.glob(f".{STATE}.*.part"):
         path.unlink()
 
 
 def _resume(out: Path, run: Run) -> list[str]:
-    path = out / _STATE
+    path = out / STATE
     state, damage = load_state(path)
     try:
         differences = run.restore(state)
@@ -380,7 +380,7 @@ def _resume(out: Path, run: Run) -> list[str]:
         ) from error
     run.saved = _saved(run, out)
     # Epochs logged after the state was saved will be run, and logged, again.
-    log = out / _LOG
+    log = out / LOG
     kept = [line for line in _lines(log) if _step_of(line) <= run.step]
     if len(kept) < run.epoch:
         raise CheckpointError(
@@ -414,7 +414,7 @@ def _describe(data: Any) -> str:
     return data.source if isinstance(data, Labelled) else "arrays"
 
 
-def _device(name: str) -> torch.device:
+def training_device(name: str) -> torch.device:
     """The device of this process."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

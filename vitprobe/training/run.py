@@ -95,7 +95,7 @@ class Run:
         return feed(data.train), None if data.test is None else feed(data.test)
 
     def _fingerprint(self, data: Labelled) -> str:
-        return _fingerprint(data)
+        return fingerprint(data)
 
     def _check(self, data: Labelled) -> None:
         self._check_batch(data)
@@ -330,7 +330,7 @@ class Run:
         Raises RecipeError when that run followed another recipe or had other data.
         """
         saved = _decisive(filled(state["recipe"], type(self.recipe)))
-        differing = _differences(saved, _decisive(self.recipe.to_dict()))
+        differing = differences(saved, _decisive(self.recipe.to_dict()))
         if differing:
             raise RecipeError(
                 f"This run was started with another recipe ({'; '.join(differing)}); "
@@ -385,7 +385,7 @@ def _features(method: Method, feed: Feed, indices: Tensor | None) -> tuple[Tenso
     return torch.cat(features), torch.cat(labels)
 
 
-def _fingerprint(data: Labelled) -> str:
+def fingerprint(data: Labelled) -> str:
     """A hash of the training images, or of their names where they are files, and of the labels."""
     digest = hashlib.sha256(f"{len(data.train)}".encode())
     part: Arrays | Files = data.train
@@ -402,13 +402,13 @@ def _decisive(recipe: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in recipe.items() if key not in _BOOKKEEPING}
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """ "key: old → new" for every leaf that differs."""
     found = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found += _differences(before, after, f"{prefix}{key}.")
+            found += differences(before, after, f"{prefix}{key}.")
         elif before != after:
             found.append(f"{prefix}{key} was {before!r}, now {after!r}")
     return found
