@@ -41,6 +41,7 @@ from vitprobe.models.sources import parse_spec
 if TYPE_CHECKING:
     from vitprobe.models.model import Subject
     from vitprobe.results import Comparison
+    from vitprobe.scores import Scores
     from vitprobe.settings import Settings
 
 # Of the processes that torchrun starts, one speaks for all.
@@ -133,6 +134,8 @@ class Compare:
     """Folder for the probe file of every model that is run, NAME.probe."""
     resume: bool = False
     """Take finished models from PROBES, and go on behind the last block that the others have."""
+    scores: tuple[Path, ...] = ()
+    """Folders of vitprobe evaluate with scores of these models, for the report."""
     dry_run: bool = False
     """Load models and list images, say what would be done, and stop."""
     force: bool = False
@@ -165,12 +168,13 @@ class Compare:
         if self.images is None and set(kinds) != {"probe"}:
             raise DataError("no images to compare models on; give --images")
 
-        from vitprobe.compare import compare, images_of
+        from vitprobe.compare import checkpoints_of, compare, images_of
         from vitprobe.models import load
         from vitprobe.probe import open_probe
         from vitprobe.report import check_folder
         from vitprobe.settings import Settings
 
+        scores = _joined(self.scores)
         options: dict[str, Any] = {
             "layers": self.layers,
             "tokens": self.tokens,
@@ -189,6 +193,8 @@ class Compare:
             open_probe(spec, name=name) if kind == "probe" else load(spec, name=name, **more)
             for (name, spec, more), kind in zip(entries, kinds, strict=True)
         ]
+        if len(scores):
+            scores.matched(checkpoints_of(models, self.random_reference))
         seed = self.seed if self.images is not None else self.seed or None
         source = images_of(models, self.images, self.limit, seed)
         if self.dry_run:
@@ -206,6 +212,8 @@ class Compare:
             )
         if not _LEADS:
             return ""
+        if len(scores):
+            result = result.with_scores(scores)
         page = _reported(result, self.out, self.force)
         for note in result.notes:
             print(f"note: {note}", file=sys.stderr)
@@ -299,6 +307,8 @@ class Report:
     """results.nc of an earlier comparison."""
     out: Path
     """Folder for report.html, figures and tables."""
+    scores: tuple[Path, ...] = ()
+    """Folders of vitprobe evaluate with scores of the models, to be added to the result's."""
     force: bool = False
     """Replace an earlier report in OUT."""
 
@@ -311,7 +321,10 @@ class Report:
         from vitprobe.results import open_result
 
         check_folder(self.out, force=self.force)
-        return str(report(open_result(self.result), self.out, force=self.force))
+        result = open_result(self.result)
+        if self.scores:
+            result = result.with_scores(_joined(self.scores))
+        return str(report(result, self.out, force=self.force))
 
 
 @dataclass
@@ -624,6 +637,13 @@ def _reported(result: Comparison, out: Path, force: bool) -> Path:
         raise
     kept.unlink()
     return page
+
+
+def _joined(folders: Sequence[Path]) -> Scores:
+    """The scores of several evaluations."""
+    from vitprobe.scores import Scores, open_scores
+
+    return sum((open_scores(folder) for folder in folders), Scores([]))
 
 
 def _plan(models: Sequence[Subject], count: int, settings: Settings, random_reference: bool) -> str:

@@ -147,6 +147,13 @@ def compare(
         return run.result()
 
 
+def checkpoints_of(models: Sequence[Subject], random_reference: bool = False) -> dict[str, str]:
+    """SHA-256 of the checkpoint of each model of a comparison, by name; "" where it has none."""
+    twins = [f"{model.name}{UNTRAINED}" for model in models] + [SHARED_TWIN]
+    known = {model.name: model.describe().get("sha256") or "" for model in models}
+    return {**known, **(dict.fromkeys(twins, "") if random_reference else {})}
+
+
 def images_of(
     models: Sequence[Model | Probe], images: Any, limit: int | None, seed: int | None
 ) -> Images:

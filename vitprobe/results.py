@@ -1,6 +1,6 @@
 """The result of a comparison: what was measured, with units and provenance, on xarray.
 
-A `Comparison` holds four groups:
+A `Comparison` holds these groups:
 
 - `similarity`: for each measure its value between every two features (a feature is one layer of one
   model), the standard error and the floor under permuted images, and the sums by which CKA merges;
@@ -8,7 +8,9 @@ A `Comparison` holds four groups:
   model), or for every layer where a measure fuses the heads, rows left undefined, and the value
   under uniform attention that relative units divide by; nothing of models without attention;
 - `tokens`: numbers of a feature, for every image or for all together;
-- `samples`: thumbnails and attention maps of the first images.
+- `samples`: thumbnails and attention maps of the first images;
+
+and, where models were evaluated, `scores`: a row a number, as `vitprobe.scores` has them.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from vitprobe.datasets import by_head, columns, pair
 from vitprobe.errors import ResultError, suggest
 from vitprobe.files import replacing
 from vitprobe.measures.registry import ATTENTION
+from vitprobe.scores import Scores
 from vitprobe.statistics import paired, quantile, t_interval
 
 FORMAT: Final = 2
@@ -86,6 +89,32 @@ class Comparison:
     def references(self) -> dict[str, str]:
         """The untrained twin of each model that has one, by the model's name."""
         return dict(self.provenance.get("references", {}))
+
+    @property
+    def scores(self) -> pd.DataFrame:
+        """What the models are worth by evaluation: `Scores.to_dataframe`; no rows without any."""
+        return self._scores.to_dataframe()
+
+    def with_scores(self, scores: Scores) -> Comparison:
+        """This result with the scores of its models, besides those that it has.
+
+        A row belongs to the model of its name, or else to the one of its checkpoint.
+
+        Raises:
+            ResultError: as `Scores.matched`.
+        """
+        checkpoints = {
+            model["name"]: model.get("sha256") or "" for model in self.provenance["models"]
+        }
+        both = self._scores + scores.matched(checkpoints)
+        tree = self.tree.copy()
+        tree["scores"] = xr.DataTree(both.to_dataset())
+        return Comparison(tree)
+
+    @property
+    def _scores(self) -> Scores:
+        group = self.tree.children.get("scores")
+        return Scores([]) if group is None else Scores.from_dataset(group.to_dataset(inherit=False))
 
     def describe(self, name: str) -> dict[str, Any]:
         """What is known of a model: source, architecture with evidence, load report, hash.
@@ -712,6 +741,8 @@ def _check_whole(result: Comparison) -> None:
             missing = {"block", "kind", "heads"} - layer.keys()
             if missing:
                 raise KeyError(f"an attention layer of {name} has no {min(missing)}")
+    for name in result.scores["model"].unique():
+        result.describe(name)
     for measure in (*result.measures, *([COMPANION] if "cka" in result.measures else [])):
         try:
             dataset = result.tree[result.group_of(measure)].to_dataset()

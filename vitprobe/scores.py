@@ -8,13 +8,14 @@ summarised by `over_seeds`, with seeds as the unit.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import pandas as pd
+import xarray as xr
 
 from vitprobe.errors import ResultError
 from vitprobe.files import replacing
@@ -94,6 +95,72 @@ class Scores:
         table = pd.DataFrame([asdict(row) for row in self.rows], columns=names)
         table["settings"] = [json.dumps(row.settings, sort_keys=True) for row in self.rows]
         return table.astype({"layer": "Int64", "kept": "Int64", "value": float})
+
+    def matched(self, models: Mapping[str, str]) -> Scores:
+        """The same rows under the names that these models have in a comparison.
+
+        A row belongs to the model of its name, or else to the one of its checkpoint.
+
+        Args:
+            models: the SHA-256 of the checkpoint file, "" where there is none, by model.
+
+        Raises:
+            ResultError: a row of no model, of several, or of another checkpoint than the model of
+                its name has.
+        """
+        names = {}
+        for row in self.rows:
+            own = [name for name, sha256 in models.items() if row.sha256 and sha256 == row.sha256]
+            known = models.get(row.model)
+            if known and row.sha256 and known != row.sha256:
+                raise ResultError(
+                    f"the scores of '{row.model}' are of another checkpoint (SHA-256 "
+                    f"{row.sha256[:12]}…) than the model of that name ({known[:12]}…); evaluate "
+                    "that one, or give one of them another name"
+                )
+            if known is None and len(own) != 1:
+                problem = f"the checkpoint of {' and '.join(own)}" if own else "no model compared"
+                raise ResultError(
+                    f"the scores of '{row.model}' ({row.spec}) belong to {problem}; evaluate it "
+                    f"under the name it has, one of {', '.join(models)}"
+                )
+            names[row.model] = row.model if known is not None else own[0]
+        return Scores([replace(row, model=names[row.model]) for row in self.rows], self.provenance)
+
+    def to_dataset(self) -> xr.Dataset:
+        """As xarray: a variable a field of `Score` over the dimension `score`, nan where None."""
+        table = self.to_dataframe()
+        text = ("model", "spec", "protocol", "dataset", "metric", "sha256", "settings")
+        columns = {
+            str(name): ("score", table[name].to_numpy(dtype=str if name in text else float))
+            for name in table
+        }
+        return xr.Dataset(columns, attrs={"provenance": json.dumps(self.provenance)})
+
+    @classmethod
+    def from_dataset(cls, dataset: xr.Dataset) -> Scores:
+        """What `to_dataset` made.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is something else.
+        """
+        columns = {one.name: dataset[one.name].values for one in fields(Score)}
+        read: dict[str, Callable[[Any], Any]] = {
+            **dict.fromkeys(("value", "low", "high", "labels"), float),
+            **dict.fromkeys(("images", "seed"), int),
+            **dict.fromkeys(("layer", "kept"), lambda x: None if np.isnan(x) else int(x)),
+            "settings": lambda text: json.loads(str(text)),
+        }
+        rows = [
+            Score(
+                **{
+                    name: read.get(name, str)(value)
+                    for name, value in zip(columns, row, strict=True)
+                }
+            )
+            for row in zip(*columns.values(), strict=True)
+        ]
+        return cls(rows, json.loads(dataset.attrs["provenance"]))
 
     def to_text(self) -> str:
         """A line a score: model, protocol, value with its interval, and what it was measured on."""
