@@ -40,6 +40,11 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def leads() -> bool:
+    """Whether this is the process, of those that torchrun started, that speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def rank() -> int:
     """Number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0

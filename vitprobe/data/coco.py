@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -107,7 +108,9 @@ class Instances:
         names = Names(self.files.names[i] for i in kept)
         read = self.files.read
         assert isinstance(read, _Beside)  # noqa: S101 - made by this module
-        files = Files(self.files.source, names, None, _Beside(read.root, names), self.files.channels)
+        files = Files(
+            self.files.source, names, None, _Beside(read.root, names), self.files.channels
+        )
         return Instances(
             self.source,
             files,
@@ -181,7 +184,7 @@ class Instances:
                 coded = tools.frPyObjects(drawn, height, width)
             else:
                 coded = drawn
-            mask: np.ndarray = tools.decode(coded)
+            mask = decode_mask(coded)
         except Exception as error:
             # pycocotools raises whatever its C code stumbles over.
             raise DataError(
@@ -206,6 +209,17 @@ class Instances:
             "annotations": [one for i in range(len(self)) for one in self.annotations(i)],
             "categories": [{"id": one.id, "name": one.name} for one in self.categories],
         }
+
+
+def decode_mask(coded: Any) -> np.ndarray:
+    """(height, width) uint8 of pycocotools' run lengths."""
+    from pycocotools import mask as tools
+
+    with warnings.catch_warnings():
+        # Of numpy 2, about how pycocotools hands its array over.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        mask: np.ndarray = tools.decode(coded)
+    return mask
 
 
 def _corners(box: Sequence[float], height: int, width: int) -> tuple[float, float, float, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from vitprobe.errors import DataError
+from vitprobe.errors import DataError, ResultError
 
 CLASSES: Final = ("circle", "square", "triangle", "cross")
 _PARTS: Final = ("train", "val")
@@ -98,8 +99,7 @@ def draw(shapes: Shapes, part: str, number: int) -> Picture:
         label, mask = _shape(rng, size)
         behind = [other & ~mask for other in masks]
         seen = all(
-            now.sum() >= _SEEN * before.sum()
-            for now, before in zip(behind, masks, strict=True)
+            now.sum() >= _SEEN * before.sum() for now, before in zip(behind, masks, strict=True)
         )
         # A shape that would hide another is left out, so that no mask is a sliver.
         if not seen or mask.sum() < 9:
@@ -140,7 +140,12 @@ def _shape(rng: np.random.Generator, size: int) -> tuple[int, NDArray[np.bool_]]
     canvas = Image.new("L", (size * _FINE, size * _FINE))
     pen = ImageDraw.Draw(canvas)
     if CLASSES[label] == "circle":
-        box = [(x - radius) * _FINE, (y - radius) * _FINE, (x + radius) * _FINE, (y + radius) * _FINE]
+        box = [
+            (x - radius) * _FINE,
+            (y - radius) * _FINE,
+            (x + radius) * _FINE,
+            (y + radius) * _FINE,
+        ]
         pen.ellipse(box, fill=255)
     else:
         corners = _corners(CLASSES[label]) * radius
@@ -161,6 +166,27 @@ def _corners(name: str) -> NDArray[np.float64]:
     number = {"square": 4, "triangle": 3}[name]
     angles = np.arange(number) * math.tau / number
     return np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+
+def write_shapes(folder: Path, shapes: Shapes) -> Path:
+    """The set in both formats, folder/coco and folder/voc; whole or not at all.
+
+    Raises:
+        ResultError: the folder is there, or cannot be written.
+    """
+    if folder.exists():
+        raise ResultError(f"'{folder}' exists; give another")
+    try:
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+        place = folder.absolute().parent
+        with tempfile.TemporaryDirectory(dir=place, prefix=f".{folder.name}.") as aside:
+            made = Path(aside) / "made"
+            write_coco(made / "coco", shapes)
+            write_voc(made / "voc", shapes)
+            made.rename(folder)
+    except OSError as error:
+        raise ResultError(f"cannot write '{folder}': {error.strerror or error}") from error
+    return folder
 
 
 def write_coco(folder: Path, shapes: Shapes) -> Path:

@@ -20,7 +20,6 @@ from vitprobe.training.methods import METHODS, MethodConfig
 from vitprobe.training.methods.distill import DistillConfig
 from vitprobe.training.optimizer import OptimizerConfig
 
-
 R = TypeVar("R", bound="Written")
 
 
@@ -204,7 +203,8 @@ def read_recipe(
 
 
 def filled(saved: Mapping[str, Any], kind: type[Written] = Recipe) -> dict[str, Any]:
-    """A recipe of a kind as an earlier version resolved it, with the defaults of keys that it did not have.
+    """A recipe of a kind as an earlier version resolved it, with the defaults of keys that it did
+    not have.
 
     Raises RecipeError where it is no recipe of this version.
     """
@@ -253,9 +253,7 @@ def _locate(recipe: str, folder: Path, bundle: Traversable) -> Traversable:
     return bundled
 
 
-def _read(
-    file: Traversable, inheritors: tuple[str, ...], bundle: Traversable
-) -> dict[str, Any]:
+def _read(file: Traversable, inheritors: tuple[str, ...], bundle: Traversable) -> dict[str, Any]:
     file = file.resolve() if isinstance(file, Path) else file
     if str(file) in inheritors:
         raise RecipeError(f"Recipe {file} inherits itself.")

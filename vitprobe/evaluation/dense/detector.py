@@ -70,13 +70,18 @@ class Detector(Method):
             nms_thresh=0.7,
         )
         box_head = FastRCNNConvFCHead(
-            (channels, _BOX, _BOX), [channels] * config.convolutions, [config.fully_connected], LayerNorm2d
+            (channels, _BOX, _BOX),
+            [channels] * config.convolutions,
+            [config.fully_connected],
+            LayerNorm2d,
         )
         parts: dict[str, Any] = {}
         if config.masks:
             parts = {
                 "mask_roi_pool": _pool(_MASK, strides, encoder.patch_size),
-                "mask_head": MaskRCNNHeads(channels, [channels] * config.convolutions, 1, LayerNorm2d),
+                "mask_head": MaskRCNNHeads(
+                    channels, [channels] * config.convolutions, 1, LayerNorm2d
+                ),
                 "mask_predictor": _Single(MaskRCNNPredictor(channels, channels, classes + 1)),
             }
         self.roi_heads = RoIHeads(
@@ -125,6 +130,21 @@ class Detector(Method):
         proposals, _ = self.rpn(ImageList(images, sizes), features)
         found: list[dict[str, Tensor]]
         found, _ = self.roi_heads(features, proposals, sizes)
+        return found
+
+    def outcomes(self, images: Tensor, regions: int) -> list[Tensor]:
+        """What the heads give for images and so many empty regions, a quarter of which have a mask:
+        all products and convolutions of an update, for a count of them."""
+        features = self._features(images)
+        objectness, deltas = self.rpn.head(list(features.values()))
+        heads = self.roi_heads
+        shape = regions, features["0"].shape[1]
+        boxes = heads.box_predictor(heads.box_head(images.new_empty(*shape, _BOX, _BOX)))
+        found = [*objectness, *deltas, *boxes]
+        if heads.mask_head is not None:
+            shape = regions // 4, features["0"].shape[1]
+            cut = images.new_empty(*shape, _MASK, _MASK)
+            found.append(heads.mask_predictor(heads.mask_head(cut)))
         return found
 
     def _features(self, images: Tensor) -> dict[str, Tensor]:

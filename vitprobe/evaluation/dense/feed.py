@@ -60,9 +60,7 @@ class DenseFeed(Feed):
         shape = (1, -1, 1, 1)
         self._mean = torch.tensor(encoder.mean, device=device).view(shape)
         self._std = torch.tensor(encoder.std, device=device).view(shape)
-        trained, tested = (
-            _Placer(part, encoder, how, seed, masks) for how in (jitter, None)
-        )
+        trained, tested = (_Placer(part, encoder, how, seed, masks) for how in (jitter, None))
         pin = device.type == "cuda"
         self._training = Pool(trained, workers, pin=pin, chunk=_CHUNK)
         self._testing = Pool(tested, workers, pin=pin, chunk=_CHUNK)

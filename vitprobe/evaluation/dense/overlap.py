@@ -37,9 +37,7 @@ def pixel_counts(
     )
 
 
-def overlap(
-    counts: NDArray[np.int64], *, resamples: int = _RESAMPLES, seed: int = 0
-) -> Overlap:
+def overlap(counts: NDArray[np.int64], *, resamples: int = _RESAMPLES, seed: int = 0) -> Overlap:
     """The scores of images with these `pixel_counts`, (images, 3, classes).
 
     Intervals are percentiles of the bootstrap over images (Efron 1979); resamples: 0 for none.

@@ -128,9 +128,7 @@ def _matched(done: Any) -> list[_Matched]:
     for category in range(len(done.params.catIds)):
         # The first range of areas is all of them.
         start = category * areas * images
-        cells = [
-            (i, cell) for i, cell in enumerate(done.evalImgs[start : start + images]) if cell
-        ]
+        cells = [(i, cell) for i, cell in enumerate(done.evalImgs[start : start + images]) if cell]
         objects = np.zeros(images, dtype=np.int64)
         scores, places = [np.zeros(0)], [np.zeros(0, dtype=np.int64)]
         right, ignored = ([np.zeros((thresholds, 0), dtype=bool)] for _ in range(2))

@@ -1,4 +1,4 @@
-"""The protocols "detection" and "segmentation": a predictor is trained on a checkpoint, and tested."""
+"""The protocols "detection" and "segmentation": a predictor trained on a checkpoint, and tested."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Dense(Protocol):
     """Base of the protocols of dense prediction.
 
     recipe: a bundled one, a TOML file, or a DenseRecipe.
-    set: overrides of its keys, such as {"epochs": 3}.
+    overrides: of its keys, such as {"epochs": 3}.
     batch_size: images in one forward pass of a test.
     precision: of tests; that of training is the recipe's.
     workers: processes that decode images.
@@ -58,16 +58,16 @@ class Dense(Protocol):
 
     batch_size: int = 16
     recipe: str | Path | DenseRecipe
-    set: Mapping[str, Any] = field(default_factory=dict)
+    overrides: Mapping[str, Any] = field(default_factory=dict)
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
     def resolved(self) -> DenseRecipe:
-        """The recipe, as `set` changes it.
+        """The recipe, as `overrides` changes it.
 
         Raises:
             RecipeError: it cannot be followed, or is for the other protocol.
         """
-        found = load_dense_recipe(self.recipe, self.set)
+        found = load_dense_recipe(self.recipe, self.overrides)
         if found.task != self.name:
             raise RecipeError(
                 f"The recipe {self.recipe} is for vitprobe evaluate {found.task}, not {self.name}."
@@ -111,6 +111,8 @@ class Dense(Protocol):
                 loggers=self.log,
                 progress=self.progress,
             )
+        if not distributed.leads():
+            return ()
         settings = self._settings(recipe)
         return [
             self.score(
@@ -162,9 +164,7 @@ class Detection(Dense):
     def _load(self, source: str, channels: int) -> Any:
         return load_coco(source, channels=channels)
 
-    def _run(
-        self, recipe: DenseRecipe, data: Any, model: Model, device: torch.device
-    ) -> DenseRun:
+    def _run(self, recipe: DenseRecipe, data: Any, model: Model, device: torch.device) -> DenseRun:
         return DetectionRun(recipe, data, model, device, **_how(self))
 
 
@@ -184,9 +184,7 @@ class Segmentation(Dense):
     def _load(self, source: str, channels: int) -> Any:
         return load_semantic(source, channels=channels)
 
-    def _run(
-        self, recipe: DenseRecipe, data: Any, model: Model, device: torch.device
-    ) -> DenseRun:
+    def _run(self, recipe: DenseRecipe, data: Any, model: Model, device: torch.device) -> DenseRun:
         return SegmentationRun(recipe, data, model, device, **_how(self))
 
     def _settings(self, recipe: DenseRecipe) -> dict[str, Any]:

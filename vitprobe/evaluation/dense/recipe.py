@@ -69,6 +69,9 @@ def _at_least(table: str, config: Any, **least: int) -> None:
             )
 
 
+_PLAIN, _STILL = BackboneConfig(), JitterConfig()
+
+
 @dataclass(frozen=True)
 class DenseRecipe(Written):
     """Everything that decides a run of dense prediction.
@@ -87,8 +90,8 @@ class DenseRecipe(Written):
     batch_size: int
     image_size: int
     optimizer: OptimizerConfig
-    backbone: BackboneConfig = BackboneConfig()
-    jitter: JitterConfig = JitterConfig()
+    backbone: BackboneConfig = _PLAIN
+    jitter: JitterConfig = _STILL
     detector: DetectorConfig | None = None
     segmenter: SegmenterConfig | None = None
     milestones: tuple[float, ...] = ()

@@ -208,9 +208,7 @@ class SegmentationRun(DenseRun):
                 own[i] = pixel_counts(truth, said.cpu().numpy(), classes)
         shares = distributed.gather_objects(own)
         everything = {i: counts for share in shares for i, counts in share.items()}
-        found = overlap(
-            np.stack([everything[i] for i in range(len(test))]), seed=self.recipe.seed
-        )
+        found = overlap(np.stack([everything[i] for i in range(len(test))]), seed=self.recipe.seed)
         return Outcome(
             {"miou": found.miou, "pixel_accuracy": found.accuracy}, {"iou": found.by_class}
         )

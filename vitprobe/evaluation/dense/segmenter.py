@@ -54,9 +54,7 @@ class Segmenter(Method):
     def logits(self, images: Tensor) -> Tensor:
         """(b, c, size, size) normalised → (b, classes, size, size)."""
         coarse = self.head(self.encoder(images)).float()
-        return F.interpolate(
-            coarse, images.shape[2:], mode="bilinear", align_corners=False
-        )
+        return F.interpolate(coarse, images.shape[2:], mode="bilinear", align_corners=False)
 
 
 class Linear(nn.Module):
