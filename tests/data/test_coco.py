@@ -103,7 +103,7 @@ def test_area_and_iscrowd_may_be_left_out(tmp_path):
     found = load_coco(folder(tmp_path / "set", given, given))
     assert found.test.annotations(0)[0]["area"] == 30
     assert len(found.train.targets(0, masks=False)["boxes"]) == 1
-    with pytest.raises(DataError, match="annotation 1 of .* has no segmentation"):
+    with pytest.raises(DataError, match=r"annotation 1 of .* has no segmentation"):
         found.train.targets(0)
 
 
@@ -146,7 +146,7 @@ def test_files_that_are_not_in_the_format(tmp_path, given, words):
 def test_segmentations_that_are_none(tmp_path, drawn):
     given = content(annotations=[annotation(segmentation=drawn)])
     found = load_coco(folder(tmp_path / "set", given))
-    with pytest.raises(DataError, match="is neither polygons nor run lengths|is for an image"):
+    with pytest.raises(DataError, match=r"is neither polygons nor run lengths|is for an image"):
         found.train.targets(0)
 
 
@@ -162,7 +162,7 @@ def test_what_is_not_there_is_named(tmp_path):
         load_coco(source)
     for path in (source / "annotations").glob("instances_train*"):
         path.unlink()
-    with pytest.raises(DataError, match="has no instances_train….json"):
+    with pytest.raises(DataError, match=r"has no instances_train….json"):
         load_coco(source)
     with pytest.raises(DataError, match="no annotation file"):
         read_instances(tmp_path / "x.json")
@@ -173,7 +173,7 @@ def test_what_is_not_there_is_named(tmp_path):
 
 def test_both_parts_have_the_same_categories(tmp_path):
     other = content(categories=[{"id": 90, "name": "cat"}, {"id": 13, "name": "cow"}])
-    with pytest.raises(DataError, match="category 13 .* is in only one"):
+    with pytest.raises(DataError, match=r"category 13 .* is in only one"):
         load_coco(folder(tmp_path / "set", None, other))
 
 

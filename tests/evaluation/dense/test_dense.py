@@ -219,7 +219,7 @@ def test_a_missing_mask_is_told_as_training_meets_it(place, tmp_path):
     (source / "bare").symlink_to(source / "train")
     options = {"recipe": "shapes_vitdet", "device": "cpu", "progress": False}
     data = f"train={path},test={source}/annotations/instances_val.json"
-    with pytest.raises(DataError, match="set detector.masks=false"):
+    with pytest.raises(DataError, match=r"set detector.masks=false"):
         vp.evaluate("detection", model(place), data, overrides=TINY | DETECTOR, **options)
     boxes = TINY | DETECTOR | {"detector.masks": False, "epochs": 1}
     scores = vp.evaluate("detection", model(place), data, overrides=boxes, **options)
