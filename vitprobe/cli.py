@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import tyro
 
 from vitprobe.commands.arguments import check_output, named, override
+from vitprobe.commands.evaluate_dense import EvaluateDetection, EvaluateSegmentation, MakeShapes
 from vitprobe.commands.evaluate_features import (
     EvaluateFrozen,
     EvaluateHead,
@@ -431,6 +432,9 @@ Protocol = (
     | Annotated[EvaluateFinetune, tyro.conf.subcommand("finetune")]
     | Annotated[EvaluateTransfer, tyro.conf.subcommand("transfer")]
     | Annotated[EvaluateLayers, tyro.conf.subcommand("layers")]
+    | Annotated[EvaluateDetection, tyro.conf.subcommand("detection")]
+    | Annotated[EvaluateSegmentation, tyro.conf.subcommand("segmentation")]
+    | Annotated[MakeShapes, tyro.conf.subcommand("shapes")]
 )
 
 

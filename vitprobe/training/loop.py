@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -103,19 +103,64 @@ def pretrain(
     out = Path(out)
     source = data if data is None or isinstance(data, str | Path) else str(_describe(data))
     resolved = load_recipe(recipe, data=source, overrides=overrides)
-    with ExitStack() as stack:
-        stack.enter_context(_threads(resolved.threads))
-        place = stack.enter_context(distributed.joined(training_device(device)))
-        leads = distributed.rank() == 0
-        progress = progress and leads
-        stack.enter_context(torch.random.fork_rng(devices=[place] if place.type == "cuda" else []))
+
+    def make(place: torch.device) -> Run:
         labelled = load_labelled(
             resolved.data if source is None or isinstance(data, str | Path) else data,
             channels=resolved.encoder.channels,
         )
-        run = Run(resolved, labelled, place, workers=_workers(workers), sharded=sharded)
+        return Run(resolved, labelled, place, workers=worker_count(workers), sharded=sharded)
+
+    def finish(run: Run) -> None:
+        tensors = run.engine.encoder_state()
+        if distributed.rank() == 0:
+            save_encoder(tensors, out / ENCODER, _metadata(run, out / LOG))
+
+    train(
+        make,
+        finish,
+        out,
+        threads=resolved.threads,
+        resume=resume,
+        force=force,
+        device=device,
+        loggers=loggers,
+        progress=progress,
+    )
+    return out / ENCODER
+
+
+def train(
+    make: Callable[[torch.device], Run],
+    finish: Callable[[Run], None],
+    out: Path,
+    *,
+    threads: int,
+    resume: bool | None,
+    force: bool,
+    device: str,
+    loggers: Sequence[str] = (),
+    progress: bool = True,
+) -> None:
+    """Train a run in its directory, as `pretrain` does, and raise what it raises.
+
+    Args:
+        make: the run, on the device of this process.
+        finish: makes what the run leaves when it has ended, with all processes still together.
+        threads: of torch on the CPU, 0 for as many as it chooses.
+        resume: None to go on where there is a state, and to start where there is none.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_threads(threads))
+        place = stack.enter_context(distributed.joined(training_device(device)))
+        leads = distributed.rank() == 0
+        progress = progress and leads
+        stack.enter_context(torch.random.fork_rng(devices=[place] if place.type == "cuda" else []))
+        run = make(place)
         stack.callback(run.close)
         check_loggers(loggers)
+        if resume is None:
+            resume = distributed.from_first((out / STATE).exists())
         existed = out.is_dir()
         if existed:
             stack.enter_context(_alone(out))
@@ -126,7 +171,7 @@ def pretrain(
             loggers if leads else (),
             out,
             run_name=out.resolve().name,
-            config=resolved.to_dict(),
+            config=run.recipe.to_dict(),
             resume_step=run.step,
         )
         for sink in sinks:
@@ -135,10 +180,7 @@ def pretrain(
             for note in notes:
                 _say(f"vitprobe: {note}")
         _train(run, out, sinks, progress=progress)
-        tensors = run.engine.encoder_state()
-        if leads:
-            save_encoder(tensors, out / ENCODER, _metadata(run, out / LOG))
-    return out / ENCODER
+        finish(run)
 
 
 def _train(run: Run, out: Path, sinks: Sequence[Logger], *, progress: bool) -> None:
@@ -286,7 +328,7 @@ def _prepare(out: Path, run: Run, *, resume: bool, force: bool) -> list[str]:
     if resume:
         return _resume(out, run)
     if distributed.rank() == 0:
-        _clear(out, force=force)
+        _clear(out, run.leaves, force=force)
         write_text(out / RECIPE, run.recipe.to_toml())
         data = {"source": run.recipe.data, "path": run.path, "sha256": run.fingerprint}
         about = {
@@ -300,7 +342,7 @@ def _prepare(out: Path, run: Run, *, resume: bool, force: bool) -> list[str]:
     return []
 
 
-def _clear(out: Path, *, force: bool) -> None:
+def _clear(out: Path, leaves: Sequence[str], *, force: bool) -> None:
     try:
         if out.exists() and not (out.is_dir() and not any(out.iterdir())) and not force:
             raise ResultError(
@@ -308,8 +350,8 @@ def _clear(out: Path, *, force: bool) -> None:
             )
         out.mkdir(parents=True, exist_ok=True)
         # Only what a run writes is replaced: force must not cost anyone their other files.
-        for path in (out / STATE, out / LOG, out / RECIPE, out / ENCODER, out / ABOUT):
-            path.unlink(missing_ok=True)
+        for name in (STATE, LOG, RECIPE, ABOUT, *leaves):
+            (out / name).unlink(missing_ok=True)
         previous(out / STATE).unlink(missing_ok=True)
         _sweep(out)
         for folder, pattern in ((_SNAPSHOTS, "*.safetensors"), (_PICTURES, "*.png")):
@@ -381,7 +423,11 @@ def training_device(name: str) -> torch.device:
     return find_device(name)
 
 
-def _workers(asked: int | None) -> int:
+def worker_count(asked: int | None) -> int:
+    """Processes that decode images: as many as asked for, or one a core, at most 16.
+
+    Raises RecipeError for fewer than none.
+    """
     if asked is not None and asked < 0:
         raise RecipeError(f"workers must be at least 0, not {asked}.")
     if asked is not None:

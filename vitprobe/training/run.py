@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from vitprobe import distributed
 from vitprobe.data.labelled import Arrays, Files, Labelled
+from vitprobe.data.parts import Part
 from vitprobe.errors import RecipeError
 from vitprobe.evaluation.knn import knn_accuracy
 from vitprobe.training.augment import Augment
@@ -39,8 +40,14 @@ class Run:
     workers: processes that decode images, where they do not live on the device.
     sharded: see `Engine`.
 
+    A subclass trains something else by overriding `_method`, `_feeds`, `_check`, `_fingerprint` and
+    `evaluate`.
+
     Raises RecipeError for a recipe that these data or processes cannot follow.
     """
+
+    leaves = ("encoder.safetensors",)
+    """Files in its folder that are made when it has ended."""
 
     def __init__(
         self,
@@ -56,26 +63,15 @@ class Run:
         self.step = 0
         self.saved = "no state was saved"
         self.classes = data.classes
-        self.fingerprint = fingerprint(data)
+        self.fingerprint = self._fingerprint(data)
         self.steps_per_epoch = len(data.train) // recipe.batch_size
         self.steps = recipe.epochs * self.steps_per_epoch
         self._check(data)
-        self.method = build_method(recipe, len(data.classes)).to(device).train()
+        self.method = self._method(data).to(device).train()
         self.engine = Engine(self.method, recipe, device, sharded=sharded)
         # After the engine, which in a sharded run replaces the parameters by their shards.
         self.optimizer = build_optimizer(self.method, recipe.optimizer, recipe.encoder.depth)
-        encoder = recipe.encoder
-        augment = Augment(
-            recipe.augmentations, size=encoder.image_size, mean=encoder.mean, std=encoder.std
-        )
-        self._train = make_feed(
-            data.train, augment, seed=recipe.seed, device=device, workers=workers
-        )
-        self._test: Feed | None = None
-        if data.test is not None:
-            self._test = make_feed(
-                data.test, augment, seed=recipe.seed, device=device, workers=workers
-            )
+        self._train, self._test = self._feeds(data, workers)
         self._batches: Iterator[Batch] | None = None
         self._names: list[str] = []
         self._sums = torch.zeros(0, device=device)
@@ -84,18 +80,26 @@ class Run:
         self._fault = torch.full((1,), -1.0, dtype=torch.float64, device=device)
         self._clock, self._clock_step = 0.0, -1
 
+    def _method(self, data: Labelled) -> Method:
+        return build_method(self.recipe, len(data.classes))
+
+    def _feeds(self, data: Labelled, workers: int) -> tuple[Feed, Feed | None]:
+        recipe, encoder = self.recipe, self.recipe.encoder
+        augment = Augment(
+            recipe.augmentations, size=encoder.image_size, mean=encoder.mean, std=encoder.std
+        )
+
+        def feed(part: Part) -> Feed:
+            return make_feed(part, augment, seed=recipe.seed, device=self.device, workers=workers)
+
+        return feed(data.train), None if data.test is None else feed(data.test)
+
+    def _fingerprint(self, data: Labelled) -> str:
+        return fingerprint(data)
+
     def _check(self, data: Labelled) -> None:
+        self._check_batch(data)
         recipe, processes = self.recipe, distributed.world_size()
-        if self.steps_per_epoch == 0:
-            raise RecipeError(
-                f"batch_size {recipe.batch_size} is more than the {len(data.train)} training "
-                f"images of {recipe.data!r}; lower it."
-            )
-        if recipe.batch_size % (processes * recipe.accumulate):
-            raise RecipeError(
-                f"batch_size {recipe.batch_size} must be a multiple of {processes} processes x "
-                f"accumulate {recipe.accumulate}."
-            )
         least = METHODS[recipe.method.name].least_batch
         if recipe.batch_size < least:
             raise RecipeError(
@@ -112,6 +116,19 @@ class Run:
             raise RecipeError(
                 f"{recipe.method.name} needs labels, and {recipe.data!r} has none; give a folder "
                 "with one folder a class."
+            )
+
+    def _check_batch(self, data: Labelled) -> None:
+        recipe, processes = self.recipe, distributed.world_size()
+        if self.steps_per_epoch == 0:
+            raise RecipeError(
+                f"batch_size {recipe.batch_size} is more than the {len(data.train)} training "
+                f"images of {recipe.data!r}; lower it."
+            )
+        if recipe.batch_size % (processes * recipe.accumulate):
+            raise RecipeError(
+                f"batch_size {recipe.batch_size} must be a multiple of {processes} processes x "
+                f"accumulate {recipe.accumulate}."
             )
 
     @property
@@ -312,7 +329,7 @@ class Run:
 
         Raises RecipeError when that run followed another recipe or had other data.
         """
-        saved = _decisive(filled(state["recipe"]))
+        saved = _decisive(filled(state["recipe"], type(self.recipe)))
         differing = differences(saved, _decisive(self.recipe.to_dict()))
         if differing:
             raise RecipeError(
