@@ -52,6 +52,6 @@ def test_the_sample_is_as_fashion_mnist_has_it():
 
 def test_another_name_is_refused_with_the_nearest():
     with pytest.raises(
-        SourceError, match="does not come with vitprobe.*Did you mean 'fashion_mae'"
+        SourceError, match=r"does not come with vitprobe.*Did you mean 'fashion_mae'"
     ):
         vp.load("bundled:fashion_mea")

@@ -23,8 +23,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import tyro
 
-from vitprobe.commands.arguments import check_output, named
-from vitprobe.commands.evaluate_features import EvaluateHead, EvaluateKnn
+from vitprobe.commands.arguments import check_output, named, override
+from vitprobe.commands.evaluate_features import (
+    EvaluateFrozen,
+    EvaluateHead,
+    EvaluateKnn,
+    EvaluateLinear,
+)
+from vitprobe.commands.evaluate_finetune import EvaluateFinetune
 from vitprobe.errors import DataError, ElsewhereError, ResultError, SourceError, VitprobeError
 from vitprobe.models.sources import parse_spec
 
@@ -333,7 +339,7 @@ class Pretrain:
     """Replace an earlier run in OUT."""
 
     def run(self) -> str:
-        overrides = dict(_override(text) for text in self.set)
+        overrides = dict(override(text) for text in self.set)
         if self.out is None and not self.dry_run:
             raise SourceError("no folder for the run; give --out")
 
@@ -399,6 +405,9 @@ class Runs:
 Protocol = (
     Annotated[EvaluateHead, tyro.conf.subcommand("head")]
     | Annotated[EvaluateKnn, tyro.conf.subcommand("knn")]
+    | Annotated[EvaluateLinear, tyro.conf.subcommand("linear")]
+    | Annotated[EvaluateFrozen, tyro.conf.subcommand("frozen")]
+    | Annotated[EvaluateFinetune, tyro.conf.subcommand("finetune")]
 )
 
 
@@ -588,16 +597,6 @@ def _listed(path: Path) -> list[tuple[str | None, str, dict[str, Any]]]:
             raise SourceError(f"model '{name}' in '{path}' has a key name; its table is its name")
         entries.append((name, table["spec"], options))
     return entries
-
-
-def _override(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise SourceError(f"'{text}' is no KEY=VALUE; write it as epochs=3")
-    try:
-        return key, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return key, value
 
 
 def _reported(result: Comparison, out: Path, force: bool) -> Path:

@@ -49,8 +49,7 @@ class EvaluateCommand:
         from vitprobe.scores import FILE
 
         scores = evaluate(self.protocol, spec, self.data, self.out, name=name, **self._options())
-        for line in scores.to_text().splitlines():
-            print(line, file=sys.stderr)
+        print(scores.to_text(), file=sys.stderr)
         return str(self.out / FILE)
 
     def _options(self) -> dict[str, Any]:

@@ -37,3 +37,21 @@ class EvaluateKnn(FeaturesCommand):
     """Neighbours that vote; a score for each number."""
     temperature: float = 0.07
     """Of the votes' weights exp(cosine / temperature)."""
+
+
+@dataclass
+class EvaluateLinear(FeaturesCommand):
+    """Accuracy of a linear classifier on frozen features; the best of a grid of features and
+    penalties, chosen on held-out training images."""
+
+    protocol: ClassVar[str] = "linear"
+
+    l2: tuple[float, ...] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+    """Strengths of the L2 penalty to choose from."""
+
+
+@dataclass
+class EvaluateFrozen(EvaluateLinear, EvaluateKnn):
+    """knn and linear from one forward pass."""
+
+    protocol: ClassVar[str] = "frozen"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from vitprobe.data.labelled import Labelled, load_labelled
-from vitprobe.data.parts import Part
+from vitprobe.data.parts import Labels, Part
 from vitprobe.devices import exact_products, placed
 from vitprobe.errors import DataError, MeasureError, VitprobeError
 from vitprobe.evaluation.intervals import Interval
@@ -125,8 +125,8 @@ class Learning(Protocol):
         return super().score(*args, **{"labels": self.labels, "seed": self.seed, **more})
 
 
-def labelled_part(data: Labelled, which: Literal["train", "test"]) -> Part:
-    """The training or the test images, which have labels.
+def labelled_part(data: Labelled, which: Literal["train", "test"]) -> tuple[Part, Labels]:
+    """The training or the test images, and their labels (n,).
 
     Raises:
         DataError: there are none, or they have no labels.
@@ -142,7 +142,7 @@ def labelled_part(data: Labelled, which: Literal["train", "test"]) -> Part:
         raise DataError(
             f"the {what} images of '{data.source}' have no labels; keep them in one folder a class"
         )
-    return part
+    return part, part.labels
 
 
 @contextmanager

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 PROTOCOLS: Final = {
     "head": "vitprobe.evaluation.head.Head",
     "knn": "vitprobe.evaluation.nearest.Knn",
+    "linear": "vitprobe.evaluation.linear.Linear",
+    "frozen": "vitprobe.evaluation.frozen.Frozen",
+    "finetune": "vitprobe.evaluation.finetune.Finetune",
 }
 """Where each is; loaded when it is asked for."""
 
@@ -39,7 +42,8 @@ def evaluate(
     """Measure what a model is worth for a task.
 
     Args:
-        protocol: `head` (the model's own classification head), … ; see `PROTOCOLS`.
+        protocol: `head` (the model's own classification head), `knn`, `linear`, `frozen` (these two
+            from one forward pass); see `PROTOCOLS`.
         model: from `load` or `wrap`, or a spec for `load`.
         data: labelled images, whatever `vitprobe.data.labelled.load_labelled` takes.
         out: folder to make, with scores.json; None to keep nothing on disk.

@@ -72,7 +72,7 @@ _Pooled = tuple[_Place, Pool]
 
 
 def parse_choice(text: str, model: Model) -> Choice:
-    """A choice as it is written: `cls`, `mean`, `cls+mean`, `cls4`, `cls4+mean`, `mean4`, or `auto`.
+    """A choice as it is written: `cls`, `mean`, `cls+mean`, `cls4`, `cls4+mean`, `mean4`, `auto`.
 
     `auto` is what the model's own head reads: the mean of patches where the model pools them, else
     its class token. Of a model without class token it is the mean that is taken for either.
@@ -87,8 +87,8 @@ def parse_choice(text: str, model: Model) -> Choice:
     found = _TEXT.fullmatch(text)
     if not found or found[2] in ("0", "1") or (found[1] == "mean" and found[3]):
         raise MeasureError(
-            f"no features '{text}'; there are {AUTO}, cls, mean, cls+mean, and of the last n blocks "
-            "clsn, meann and clsn+mean, such as cls4+mean"
+            f"no features '{text}'; there are {AUTO}, cls, mean and cls+mean, and of the last "
+            "blocks, such as four, cls4, mean4 and cls4+mean"
         )
     blocks = int(found[2] or 1)
     if not _has_class(model, layout):

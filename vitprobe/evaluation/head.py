@@ -37,10 +37,10 @@ class Head(Protocol):
     name: ClassVar[str] = "head"
 
     def run(self, model: Model, data: Labelled, folder: Path | None) -> Sequence[Score]:
-        part = labelled_part(data, "test")
+        part, labels = labelled_part(data, "test")
         check_head(model, data)
         device = find_device(self.device)
-        truth = torch.from_numpy(part.labels).to(device)
+        truth = torch.from_numpy(labels).to(device)
         hits = torch.zeros((), dtype=torch.int64, device=device)
         first = 0
         with running(model, device, self.precision):

@@ -77,9 +77,10 @@ class FeatureProtocol(Learning):
 
     def run(self, model: Model, data: Labelled, folder: Path | None) -> Sequence[Score]:
         """The rows of one model, after one forward pass of every image."""
-        train, test = labelled_part(data, "train"), labelled_part(data, "test")
+        train, train_labels = labelled_part(data, "train")
+        test, test_labels = labelled_part(data, "test")
         choices = self.features_of(model)
-        chosen = labelled_subset(train.labels, self.labels, self.seed)
+        chosen = labelled_subset(train_labels, self.labels, self.seed)
         device = find_device(self.device)
         known, asked = extract(
             model,
@@ -91,8 +92,17 @@ class FeatureProtocol(Learning):
             workers=self.workers,
             progress=self.progress,
         )
-        labels = [torch.from_numpy(part).to(device) for part in (train.labels[chosen], test.labels)]
-        return self.rows(Banks(model, data.source, known, asked, *labels, len(data.classes)))
+        return self.rows(
+            Banks(
+                model=model,
+                dataset=data.source,
+                train=known,
+                test=asked,
+                train_labels=torch.from_numpy(train_labels[chosen]).to(device),
+                test_labels=torch.from_numpy(test_labels).to(device),
+                classes=len(data.classes),
+            )
+        )
 
     def feature_score(
         self,

@@ -41,7 +41,8 @@ class Recipe:
     threads: of torch on the CPU, 0 for as many as it chooses. Sums depend on it to the last bit, so
         a recipe that must give the same numbers on every machine names it.
     save_every: epochs between training states; one is also saved every `save_minutes`.
-    evaluate_every: epochs between evaluations on the test images.
+    evaluate_every: epochs between evaluations on the test images, which the last epoch ends with;
+        0 for none at all.
     knn: neighbours of the k-NN accuracy that is evaluated where there are labels; 0 for none.
     snapshots: epochs after which the encoder is kept in snapshots/; 0 is the start.
     """
@@ -69,7 +70,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         least = {
-            "epochs": 0, "batch_size": 1, "accumulate": 1, "save_every": 1, "evaluate_every": 1,
+            "epochs": 0, "batch_size": 1, "accumulate": 1, "save_every": 1, "evaluate_every": 0,
             "threads": 0, "knn": 0,
         }  # fmt: skip
         for name, lowest in least.items():
@@ -175,8 +176,28 @@ def load_recipe(
         changes["data"] = str(data)
     for key, value in changes.items():
         _set(tables, key, value)
+    _complete(tables, source)
     built: Recipe = _build(Recipe, tables, "", source)
     return built
+
+
+def filled(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe as an earlier version resolved it, with the defaults of keys that it did not have.
+
+    Raises RecipeError where it is no recipe of this version.
+    """
+    built: Recipe = _build(Recipe, saved, "", "of the saved state")
+    return built.to_dict()
+
+
+def _complete(tables: dict[str, Any], source: str) -> None:
+    """Fill in what the method knows of its encoder."""
+    method, encoder = tables.get("method"), tables.get("encoder", {})
+    if isinstance(method, Mapping) and isinstance(encoder, Mapping):
+        kind = METHODS.get(str(method.get("name")))
+        completed = kind.complete(method, encoder) if kind else {}
+        if completed:
+            tables["encoder"] = completed
 
 
 def bundled_recipes() -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from vitprobe.training.methods import METHODS, Batch, Method, Moment
 from vitprobe.training.methods.distill import Distilled, load_teacher
 from vitprobe.training.optimizer import build_optimizer
 from vitprobe.training.randomness import epoch_order
-from vitprobe.training.recipe import Recipe
+from vitprobe.training.recipe import Recipe, filled
 from vitprobe.training.schedule import cosine, warmup_cosine
 
 # The bank of the online k-NN: enough to follow a run by, little enough to take seconds.
@@ -56,7 +56,7 @@ class Run:
         self.step = 0
         self.saved = "no state was saved"
         self.classes = data.classes
-        self.fingerprint = _fingerprint(data)
+        self.fingerprint = fingerprint(data)
         self.steps_per_epoch = len(data.train) // recipe.batch_size
         self.steps = recipe.epochs * self.steps_per_epoch
         self._check(data)
@@ -185,17 +185,22 @@ class Run:
             group["weight_decay"] = decay if group["decayed"] else 0.0
 
     def _clip(self) -> Tensor:
-        """Scale each parameter's gradient down to the recipe's norm; of all, the norm before."""
+        """Scale gradients down to the recipe's norms; returns that of all of them before."""
         gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
         norms = [
             norm.full_tensor() if isinstance(norm, DTensor) else norm
             for norm in torch._foreach_norm(gradients)
         ]
-        if self.recipe.optimizer.clip:
-            factors = [(self.recipe.optimizer.clip / (norm + 1e-6)).clamp(max=1) for norm in norms]
+        config, total = self.recipe.optimizer, torch.stack(norms).norm()
+        if config.clip:
+            factors = [(config.clip / (norm + 1e-6)).clamp(max=1) for norm in norms]
             for gradient, factor in zip(gradients, factors, strict=True):
                 gradient.mul_(factor)
-        return torch.stack(norms).norm()
+        if config.clip_total:
+            factor = (config.clip_total / (total + 1e-6)).clamp(max=1)
+            for gradient in gradients:
+                gradient.mul_(factor)
+        return total
 
     def _record(self, terms: Mapping[str, Tensor]) -> None:
         """Add to the epoch's sums, and have the optimiser skip an update that is not finite.
@@ -259,7 +264,8 @@ class Run:
     @property
     def evaluation_is_due(self) -> bool:
         """Whether the epoch just completed is one to evaluate after."""
-        return self.epoch % self.recipe.evaluate_every == 0 or self.step == self.steps
+        every = self.recipe.evaluate_every
+        return bool(every) and (self.epoch % every == 0 or self.step == self.steps)
 
     def evaluate(self) -> dict[str, float]:
         """The method's own scores on the test images, and the k-NN accuracy of its features.
@@ -306,7 +312,8 @@ class Run:
 
         Raises RecipeError when that run followed another recipe or had other data.
         """
-        differing = _differences(_decisive(state["recipe"]), _decisive(self.recipe.to_dict()))
+        saved = _decisive(filled(state["recipe"]))
+        differing = differences(saved, _decisive(self.recipe.to_dict()))
         if differing:
             raise RecipeError(
                 f"This run was started with another recipe ({'; '.join(differing)}); "
@@ -361,7 +368,7 @@ def _features(method: Method, feed: Feed, indices: Tensor | None) -> tuple[Tenso
     return torch.cat(features), torch.cat(labels)
 
 
-def _fingerprint(data: Labelled) -> str:
+def fingerprint(data: Labelled) -> str:
     """A hash of the training images, or of their names where they are files, and of the labels."""
     digest = hashlib.sha256(f"{len(data.train)}".encode())
     part: Arrays | Files = data.train
@@ -378,13 +385,13 @@ def _decisive(recipe: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in recipe.items() if key not in _BOOKKEEPING}
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """ "key: old → new" for every leaf that differs."""
     found = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found += _differences(before, after, f"{prefix}{key}.")
+            found += differences(before, after, f"{prefix}{key}.")
         elif before != after:
             found.append(f"{prefix}{key} was {before!r}, now {after!r}")
     return found
