@@ -649,7 +649,7 @@ class Comparison:
     def condensed(self) -> Comparison:
         """What figures and tables read, in some percent of the space.
 
-        Similarity keeps its values, standard errors and floors in single precision; measures of
+        Similarity keeps its values, standard errors and floors, rounded to 1/16384; measures of
         every image become their means over images, without an interval over images; sums that
         merge and samples are left out. A note says so.
         """
