@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two test processes share the machine; more threads than cores only get in each other's way.
 JOBS ?= 2
 
-.PHONY: demo test study figures lint types pytest constraints clean
+.PHONY: demo test study figures lint types pytest docs constraints clean
 
 demo: $(VENV)/installed
 	$(BIN)/vitprobe demo --out demo --force
@@ -41,9 +41,19 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[test]'
 	touch $@
 
+# The site, docs/_build/html: its notebooks run, and a warning is an error.
+docs: $(VENV)/docs-installed
+	rm -rf docs/_build/html
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W --keep-going -d docs/_build/doctrees docs docs/_build/html
+	@echo docs/_build/html/index.html
+
+$(VENV)/docs-installed: $(VENV)/installed
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
 # Record the versions that the tests passed with.
-constraints: $(VENV)/installed
+constraints: $(VENV)/docs-installed
 	$(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable | grep -v '^uv==' > constraints.txt
 
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo docs/_build build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -276,6 +276,23 @@ def check(models: list[vp.Model], images: Tensor, settings: Settings) -> float:
     return float(np.abs(result.cka("m0", "m1").values - peer.numpy()).max())
 
 
+def compared(costs: dict[str, list[Cost]]) -> list[str]:
+    """How many times our CPU time with CKA alone each peer takes: the least of all turns on both
+    sides, and the two of each turn."""
+    ours = [cost.cpu for cost in costs["ours, CKA"]]
+    peers = {name: runs for name, runs in costs.items() if name.endswith(", CKA")}
+    lines = []
+    for name, runs in peers.items():
+        theirs = [cost.cpu for cost in runs]
+        if name != "ours, CKA":
+            turns = " ".join(f"{b / a:.2f}" for a, b in zip(ours, theirs, strict=True))
+            lines.append(
+                f"{name.removesuffix(', CKA')}: {min(theirs) / min(ours):.2f} times ours "
+                f"(turn by turn {turns})."
+            )
+    return lines
+
+
 def main(settings: Settings) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -311,6 +328,7 @@ def main(settings: Settings) -> None:
             f"| {name} | {cpu:.1f} | {cpu / bare:.2f} | {wall:.1f} | {wall / bare_wall:.2f} "
             f"| {memory:.0f} |"
         )
+    lines += ["", *compared(costs)]
     if settings.peers:
         difference = check(models, images, settings)
         lines += ["", f"CKA differs from mae-lite's way in double precision by {difference:.1e}."]

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import vitprobe as vp
 
 result = vp.open_result(sys.argv[1])
-with vp.plots.style():
+with vp.plots.paper_style():
     figure, axes = plt.subplots(
         1, 3, figsize=(6.75, 2.2), layout="constrained", width_ratios=(1, 1, 1.25)
     )

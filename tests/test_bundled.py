@@ -35,7 +35,7 @@ def test_an_encoder_loads_whole_and_says_how_it_was_trained(name):
 
 
 def test_the_twin_of_an_encoder_is_drawn_anew():
-    twin = vp.load(f"init:{bundled_encoder('fashion_mae')}")
+    twin = vp.load("init:bundled:fashion_mae")
     own = vp.load("bundled:fashion_mae")
     name = "blocks.3.mlp.fc1.weight"
     assert not np.allclose(twin.module.get_parameter(name), own.module.get_parameter(name))
@@ -52,6 +52,6 @@ def test_the_sample_is_as_fashion_mnist_has_it():
 
 def test_another_name_is_refused_with_the_nearest():
     with pytest.raises(
-        SourceError, match="does not come with vitprobe.*Did you mean 'fashion_mae'"
+        SourceError, match=r"does not come with vitprobe.*Did you mean 'fashion_mae'"
     ):
         vp.load("bundled:fashion_mea")

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,3 +118,69 @@ def test_the_batch_size_is_where_halving_begins():
         found = vp.compare([model], squares(12), ["cka"], batch_size=6, **QUIET)
     assert given == [6, *[3] * 4]
     assert any(re.search("a: .* with 6 images .* given 3 at a time", n) for n in found.notes)
+
+
+LIMITED = """
+import resource, sys
+import torch
+torch.set_num_threads(1)
+import vitprobe as vp
+from models_for_tests import squares, tiny
+from vitprobe.errors import VitprobeError
+
+tokens, room = sys.argv[1], int(sys.argv[2]) << 20
+model, images = tiny("a", size=64, patch=4, width=96, depth=3), squares(256, size=64)
+options = dict(tokens=tokens, block=256, workers=1, device="cpu", progress=False)
+vp.compare([model], images[:8], ["cka"], **options)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + room, used + room))
+try:
+    print(vp.compare([model], images, ["cka"], **options).notes)
+except VitprobeError as error:
+    print("refused:", error)
+"""
+
+
+def limited(tokens, room):
+    """What a comparison says that may take so many MB of address space beside what it has."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LIMITED, tokens, str(room)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_under_a_limit_of_memory_passes_are_halved():
+    # A whole block would take 100 MB for the hidden units of a block's MLP alone.
+    assert "ran out of memory with 256 images" in limited("mean", 110)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_under_a_limit_of_memory_that_is_too_low_the_block_is_blamed_at_once():
+    # Of four layers a block's patches take 25 MB each, whatever a pass takes.
+    said = limited("patches", 80)
+    assert "refused: model 'a' has no room on cpu for the features of the 256 images" in said
+
+
+@pytest.mark.parametrize("error", [RuntimeError(CPU_WORDS), MemoryError()])
+def test_no_room_for_a_block_is_told_after_the_first_pass(monkeypatch, error):
+    model, given = cramped("a", 16)
+
+    def fail(self, *args, **kwargs):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", fail)
+        with (
+            pytest.warns(UserWarning, match="with 32 images"),
+            pytest.raises(VitprobeError, match="for the features of the 32 images of a block"),
+        ):
+            vp.compare([model], squares(64), ["cka"], **QUIET)
+    assert given == [32]

@@ -22,6 +22,7 @@ from vitprobe.errors import DataError, MeasureError, ResultError, SourceError, V
 from vitprobe.forward import Forward
 from vitprobe.probe import ProbeWriter
 from vitprobe.probe_file import HEADER, member
+from vitprobe.settings import Settings
 
 QUIET = {"progress": False, "device": "cpu", "block": 32}
 FEW = ["cka", "attention_distance"]
@@ -303,6 +304,17 @@ def test_resume_of_another_run_is_refused(pair, photos, tmp_path, cut, change, m
         vp.probe(model, photos, tmp_path / "a.probe", resume=True, **options)
     (path,) = [vp.probe(model, photos, tmp_path / "a.probe", force=True, **options)]
     assert vp.open_probe(path).images.limit == change.get("limit")
+
+
+def test_resume_on_another_kind_of_device_is_refused(pair, tmp_path):
+    settings = Settings(FEW)
+    images = vp.images(squares(40))
+    out = tmp_path / "a.probe"
+    more = {"resume": True, "force": False}
+    for name in ("cuda:1", "cuda:0"):
+        ProbeWriter(out, pair[0], settings, images, torch.device(name), **more)
+    with pytest.raises(ResultError, match="with device cuda, where this one has cpu; give the sa"):
+        ProbeWriter(out, pair[0], settings, images, torch.device("cpu"), **more)
 
 
 def test_resume_with_other_images_is_refused(pair, photos, tmp_path, cut):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import signal
@@ -23,14 +24,27 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import tyro
 
-from vitprobe.commands.arguments import check_output, named
+from vitprobe.commands.arguments import check_output, named, override
+from vitprobe.commands.evaluate_dense import EvaluateDetection, EvaluateSegmentation, MakeShapes
 from vitprobe.commands.evaluate_features import (
     EvaluateFrozen,
     EvaluateHead,
     EvaluateKnn,
     EvaluateLinear,
 )
-from vitprobe.errors import DataError, ElsewhereError, ResultError, SourceError, VitprobeError
+from vitprobe.commands.evaluate_finetune import (
+    EvaluateFinetune,
+    EvaluateLayers,
+    EvaluateTransfer,
+)
+from vitprobe.errors import (
+    DataError,
+    ElsewhereError,
+    ResultError,
+    SourceError,
+    VitprobeError,
+    is_out_of_memory,
+)
 from vitprobe.models.sources import parse_spec
 
 if TYPE_CHECKING:
@@ -41,6 +55,7 @@ if TYPE_CHECKING:
 
 # Of the processes that torchrun starts, one speaks for all.
 _LEADS = os.environ.get("RANK", "0") == "0"
+_NO_MEMORY = "memory ran out; give a smaller --batch-size or --block, or fewer models at once"
 
 
 @dataclass
@@ -82,8 +97,40 @@ class Inspect:
         return describe_text(load(spec, name=name))
 
 
-@dataclass
-class Compare:
+@dataclass(kw_only=True)
+class _Gathering:
+    """How models are run over images and what is kept of them."""
+
+    layers: Literal["normed", "residual"] = "normed"
+    """What a layer is: what each block's attention reads, or the residual stream."""
+    tokens: Literal["patches", "cls", "mean", "all"] = "patches"
+    """What of a layer is compared."""
+    limit: int | None = None
+    """Use the first so many images of the seeded permutation."""
+    seed: int = 0
+    """Of the permutation of images; 0 or more."""
+    block: int = 128
+    """Images over which similarity is computed before it is summed."""
+    batch_size: int | None = None
+    """Images in one forward pass; a block unless given."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """fp32 turns TF32 and autocast off."""
+    workers: int = 2
+    """Threads that decode images ahead."""
+    max_images: int = 256
+    """Images of the measures that need all of theirs together (SVCCA, RSA, ...)."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All but which images, as the public functions take them."""
+        named = ("layers", "tokens", "block", "batch_size", "device", "precision", "workers")
+        return {name: getattr(self, name) for name in (*named, "max_images")}
+
+
+@dataclass(kw_only=True)
+class Compare(_Gathering):
     """Compare models on the same images and write a report."""
 
     out: Path
@@ -101,28 +148,8 @@ class Compare:
     their spec, as in MAE=a.pth,heads=12,b.pth,heads=12."""
     measures: tuple[str, ...] = ("cka", "attention_distance", "attention_entropy")
     """What to measure; all for everything there is."""
-    layers: Literal["normed", "residual"] = "normed"
-    """What a layer is: what each block's attention reads, or the residual stream."""
-    tokens: Literal["patches", "cls", "mean", "all"] = "patches"
-    """What of a layer is compared."""
     estimator: Literal["unbiased", "biased"] = "unbiased"
     """Of HSIC in CKA."""
-    limit: int | None = None
-    """Use the first so many images of the seeded permutation."""
-    seed: int = 0
-    """Of the permutation of images; 0 or more."""
-    block: int = 128
-    """Images over which similarity is computed before it is summed."""
-    batch_size: int | None = None
-    """Images in one forward pass; a block unless given."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32 turns TF32 and autocast off."""
-    workers: int = 2
-    """Threads that decode images ahead."""
-    max_images: int = 256
-    """Images of the measures that need all of theirs together (SVCCA, RSA, ...)."""
     random_reference: bool = False
     """Add to every trained model a twin of the same architecture with random weights."""
     probes: Path | None = None
@@ -131,6 +158,10 @@ class Compare:
     """Take finished models from PROBES, and go on behind the last block that the others have."""
     scores: tuple[Path, ...] = ()
     """Folders of vitprobe evaluate with scores of these models, for the report."""
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Also send figures and numbers by layer to these."""
+    json: bool = False
+    """Print a summary for scripts, as JSON, in place of the report's path."""
     dry_run: bool = False
     """Load models and list images, say what would be done, and stop."""
     force: bool = False
@@ -154,6 +185,8 @@ class Compare:
             )
         if self.resume and self.probes is None:
             raise SourceError("--resume goes on with what is in --probes; give that folder")
+        if self.json and self.dry_run:
+            raise SourceError("--dry-run has no results for --json; give one of the two")
         if not self.dry_run:
             check_output(self.out, self.force)
 
@@ -163,6 +196,11 @@ class Compare:
         if self.images is None and set(kinds) != {"probe"}:
             raise DataError("no images to compare models on; give --images")
 
+        if self.log:
+            from vitprobe.loggers import check_loggers
+
+            check_loggers(self.log)
+
         from vitprobe.compare import checkpoints_of, compare, images_of
         from vitprobe.models import load
         from vitprobe.probe import open_probe
@@ -170,17 +208,7 @@ class Compare:
         from vitprobe.settings import Settings
 
         scores = _joined(self.scores)
-        options: dict[str, Any] = {
-            "layers": self.layers,
-            "tokens": self.tokens,
-            "estimator": self.estimator,
-            "block": self.block,
-            "batch_size": self.batch_size,
-            "device": self.device,
-            "precision": self.precision,
-            "workers": self.workers,
-            "max_images": self.max_images,
-        }
+        options = {**self.options, "estimator": self.estimator}
         settings = Settings(measures, **options)
         if not self.dry_run:
             check_folder(self.out, force=self.force)
@@ -209,14 +237,14 @@ class Compare:
             return ""
         if len(scores):
             result = result.with_scores(scores)
-        page = _reported(result, self.out, self.force)
+        page = _reported(result, self.out, self.force, self.log)
         for note in result.notes:
             print(f"note: {note}", file=sys.stderr)
-        return str(page)
+        return _as_json(result, page) if self.json else str(page)
 
 
-@dataclass
-class Probe:
+@dataclass(kw_only=True)
+class Probe(_Gathering):
     """Run one model over images and keep in a file what comparisons need of it."""
 
     spec: tyro.conf.Positional[str]
@@ -227,26 +255,6 @@ class Probe:
     """File to write; its name ends in .probe."""
     measures: tuple[str, ...] = ("cka", "attention_distance", "attention_entropy")
     """What comparisons may ask for; all for everything there is."""
-    layers: Literal["normed", "residual"] = "normed"
-    """What a layer is: what each block's attention reads, or the residual stream."""
-    tokens: Literal["patches", "cls", "mean", "all"] = "patches"
-    """What of a layer is compared."""
-    limit: int | None = None
-    """Use the first so many images of the seeded permutation."""
-    seed: int = 0
-    """Of the permutation of images; 0 or more."""
-    block: int = 128
-    """Images over which similarity is computed before it is summed."""
-    batch_size: int | None = None
-    """Images in one forward pass; a block unless given."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32 turns TF32 and autocast off."""
-    workers: int = 2
-    """Threads that decode images ahead."""
-    max_images: int = 256
-    """Images of the measures that need all of theirs together (SVCCA, RSA, ...)."""
     resume: bool = False
     """Go on behind the last whole block of a run that was cut short."""
     force: bool = False
@@ -257,29 +265,26 @@ class Probe:
         parse_spec(spec)  # a slip in a spec is told before torch is imported
 
         from vitprobe.models import load
+        from vitprobe.models.model import assumed_notes
         from vitprobe.probe import probe
         from vitprobe.probe_file import check_free
 
         check_free(self.out, resume=self.resume, force=self.force)
+        model = load(spec, name=name)
         with _resumable(self.out):
             made = probe(
-                load(spec, name=name),
+                model,
                 self.images,
                 self.out,
                 [name for text in self.measures for name in text.split(",") if name],
-                layers=self.layers,
-                tokens=self.tokens,
-                block=self.block,
-                batch_size=self.batch_size,
-                device=self.device,
-                precision=self.precision,
                 limit=self.limit,
                 seed=self.seed,
-                workers=self.workers,
-                max_images=self.max_images,
                 resume=self.resume,
                 force=self.force,
+                **self.options,
             )
+        for note in assumed_notes(model):
+            print(f"note: {note}", file=sys.stderr)
         return str(made)
 
 
@@ -304,6 +309,10 @@ class Report:
     """Folder for report.html, figures and tables."""
     scores: tuple[Path, ...] = ()
     """Folders of vitprobe evaluate with scores of the models, to be added to the result's."""
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Also send figures and numbers by layer to these."""
+    json: bool = False
+    """Print a summary for scripts, as JSON, in place of the report's path."""
     force: bool = False
     """Replace an earlier report in OUT."""
 
@@ -319,7 +328,8 @@ class Report:
         result = open_result(self.result)
         if self.scores:
             result = result.with_scores(_joined(self.scores))
-        return str(report(result, self.out, force=self.force))
+        page = report(result, self.out, force=self.force, loggers=self.log)
+        return _as_json(result, page) if self.json else str(page)
 
 
 @dataclass
@@ -351,7 +361,7 @@ class Pretrain:
     """Replace an earlier run in OUT."""
 
     def run(self) -> str:
-        overrides = dict(_override(text) for text in self.set)
+        overrides = dict(override(text) for text in self.set)
         if self.out is None and not self.dry_run:
             raise SourceError("no folder for the run; give --out")
 
@@ -419,6 +429,12 @@ Protocol = (
     | Annotated[EvaluateKnn, tyro.conf.subcommand("knn")]
     | Annotated[EvaluateLinear, tyro.conf.subcommand("linear")]
     | Annotated[EvaluateFrozen, tyro.conf.subcommand("frozen")]
+    | Annotated[EvaluateFinetune, tyro.conf.subcommand("finetune")]
+    | Annotated[EvaluateTransfer, tyro.conf.subcommand("transfer")]
+    | Annotated[EvaluateLayers, tyro.conf.subcommand("layers")]
+    | Annotated[EvaluateDetection, tyro.conf.subcommand("detection")]
+    | Annotated[EvaluateSegmentation, tyro.conf.subcommand("segmentation")]
+    | Annotated[MakeShapes, tyro.conf.subcommand("shapes")]
 )
 
 
@@ -453,6 +469,20 @@ class Export:
         return str(export(self.spec, self.to, self.out, force=self.force))
 
 
+@dataclass
+class Completion:
+    """Print the script that lets a shell complete commands and options."""
+
+    shell: tyro.conf.Positional[Literal["bash", "zsh"]]
+    """Of which shell: eval "$(vitprobe completion bash)"."""
+
+    def run(self) -> str:
+        script = io.StringIO()
+        with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
+            _cli(["--tyro-print-completion", self.shell])
+        return script.getvalue()
+
+
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
@@ -463,6 +493,7 @@ Command = (
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Runs, tyro.conf.subcommand("runs")]
     | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Completion, tyro.conf.subcommand("completion")]
 )
 
 
@@ -490,7 +521,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         _complain(str(stop) or "interrupted")
         status = 130
     except MemoryError:
-        _complain("memory ran out; give a smaller --batch-size or --block, or fewer models at once")
+        _complain(_NO_MEMORY)
         status = 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -500,6 +531,9 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         _complain(f"cannot read or write {where}{error.strerror or error}")
         status = 2
     except Exception as error:
+        if is_out_of_memory(error):
+            _complain(_NO_MEMORY)
+            sys.exit(2)
         if os.environ.get("VITPROBE_TRACEBACK"):
             raise
         _complain(
@@ -546,17 +580,21 @@ def _parse(args: Sequence[str] | None) -> Any:
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(
-                Command,
-                prog="vitprobe",
-                description="Probe and compare what Vision Transformers learned.",
-                args=args,
-                config=(tyro.conf.FlagCreatePairsOff,),
-            )
+            return _cli(args)
     except SystemExit as stop:
         if stop.code == 2:
             _complain(_unboxed(errors.getvalue()))
         raise
+
+
+def _cli(args: Sequence[str] | None) -> Any:
+    return tyro.cli(
+        Command,
+        prog="vitprobe",
+        description="Probe and compare what Vision Transformers learned.",
+        args=args,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
 
 
 def _unboxed(text: str) -> str:
@@ -610,17 +648,13 @@ def _listed(path: Path) -> list[tuple[str | None, str, dict[str, Any]]]:
     return entries
 
 
-def _override(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise SourceError(f"'{text}' is no KEY=VALUE; write it as epochs=3")
-    try:
-        return key, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return key, value
+def _as_json(result: Comparison, page: Path) -> str:
+    """What `--json` prints: the summary of a result, and where its report and its file are."""
+    places = {"page": str(page), "result": str(page.with_name("results.nc"))}
+    return json.dumps({**places, **result.summary()}, indent=1, allow_nan=False)
 
 
-def _reported(result: Comparison, out: Path, force: bool) -> Path:
+def _reported(result: Comparison, out: Path, force: bool, loggers: Sequence[str]) -> Path:
     """The report of a result, which is on disk before a figure is drawn: hours of work are not lost
     with a report that fails."""
     from vitprobe.report import report
@@ -633,7 +667,7 @@ def _reported(result: Comparison, out: Path, force: bool) -> Path:
         kept = result.save(Path(tempfile.gettempdir()) / name)
         raise ResultError(f"{error}; the result is in '{kept}', for vitprobe report") from error
     try:
-        page = report(result, out, force=force)
+        page = report(result, out, force=force, loggers=loggers)
     except BaseException:
         _complain(f"the report failed; the result is in '{kept}', for vitprobe report")
         raise

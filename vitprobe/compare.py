@@ -36,7 +36,7 @@ from vitprobe.measures.tokens import TokenPolicy
 from vitprobe.model_block import ModelBlock, Wanted
 from vitprobe.models import Model
 from vitprobe.models.anatomy import Layout
-from vitprobe.models.model import Subject
+from vitprobe.models.model import Subject, assumed_notes
 from vitprobe.models.sources import PROBE_SUFFIX
 from vitprobe.models.untrained import is_untrained, same_architecture, untrained
 from vitprobe.probe import Probe, ProbeWriter, check_finished, check_folder, open_probe
@@ -386,7 +386,15 @@ class _Run:
             return Read(found, self.settings, self._where)
         return Live(
             forward,
-            ProbeWriter(path, model, self.settings, self.images, resume=self.resume, force=False),
+            ProbeWriter(
+                path,
+                model,
+                self.settings,
+                self.images,
+                self.device,
+                resume=self.resume,
+                force=False,
+            ),
         )
 
     def _assemble(self) -> Comparison:
@@ -406,7 +414,7 @@ class _Run:
         self._note_images()
         self._note_groups()
         for model in self.models:
-            self._note_assumed(model)
+            self.notes += assumed_notes(model)
         return Comparison.assemble(groups, self._provenance())
 
     def _note_groups(self) -> None:
@@ -416,18 +424,6 @@ class _Run:
                     f"Group {name} has one seed, so nothing is known of how its seeds differ: it "
                     "has no interval over seeds."
                 )
-
-    def _note_assumed(self, model: Subject) -> None:
-        described = model.describe()
-        assumed, facts = described["assumed"], described["facts"]
-        if "heads" in assumed:
-            self.notes.append(
-                f"{model.name}: {facts['heads']['value']} heads assumed, which nothing in the "
-                "file says and which changes every result; give heads=N to state them."
-            )
-        others = [f"{name} {facts[name]['value']}" for name in assumed if name != "heads"]
-        if others:
-            self.notes.append(f"{model.name}: assumed, not read anywhere: {', '.join(others)}.")
 
     def _note_layers(self, model: Subject) -> None:
         anatomy = model.anatomy

@@ -13,13 +13,15 @@ NOTE: Final = (
     "have no interval over images, and it cannot be merged with others."
 )
 _KEPT: Final = ("_standard_error", "_floor")
+STEP: Final = 2.0**-14
+"""Similarity is rounded to it: the bits below say nothing, and noise is what takes space."""
 
 
 def condensed_groups(tree: xr.DataTree, similarity: tuple[str, ...]) -> Mapping[str, xr.Dataset]:
     """The groups of a Comparison's tree without samples, sums that merge, and images.
 
     similarity: names of the similarity measures; of them values, standard errors and floors stay,
-    in single precision.
+    rounded to `STEP`.
     """
     groups: dict[str, xr.Dataset] = {}
     for name, group in tree.children.items():
@@ -28,11 +30,17 @@ def condensed_groups(tree: xr.DataTree, similarity: tuple[str, ...]) -> Mapping[
         dataset = group.to_dataset()
         if name == "similarity":
             kept = [one + end for one in similarity for end in ("", *_KEPT)]
-            dataset = dataset[kept].astype(np.float32)
+            dataset = dataset[kept]
+            rounded = {name: _rounded(array) for name, array in dataset.data_vars.items()}
+            dataset = dataset.assign(rounded)
         if "image" in dataset.dims:
             dataset = _means(dataset)
         groups[name] = dataset
     return groups
+
+
+def _rounded(array: xr.DataArray) -> xr.DataArray:
+    return array.copy(data=(np.round(array.values / STEP) * STEP).astype(np.float32))
 
 
 def _means(dataset: xr.Dataset) -> xr.Dataset:

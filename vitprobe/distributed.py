@@ -40,6 +40,11 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def leads() -> bool:
+    """Whether this is the process, of those that torchrun started, that speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def rank() -> int:
     """Number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -77,6 +82,20 @@ def wait() -> None:
     """Until all processes are here."""
     if world_size() > 1:
         dist.barrier()
+
+
+def from_first(value: T) -> T:
+    """The value that process 0 has, a small object, in every process."""
+    return gather_objects(value)[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """A small object of every process, in rank order."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def mean(tensor: Tensor) -> Tensor:

@@ -38,12 +38,31 @@ class RecipeError(VitprobeError):
     """A training recipe or override that cannot be followed."""
 
 
+class LoggerError(VitprobeError):
+    """A logger that is unknown, not installed or cannot be opened."""
+
+
 class ResultError(VitprobeError):
     """A result file or output directory that cannot be read or written."""
 
 
 class ElsewhereError(VitprobeError):
     """An error of another process of this run, in its words; that process tells the user."""
+
+
+class NoRoomError(VitprobeError):
+    """Memory that does not suffice for what a smaller forward pass needs as well; names what."""
+
+
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "std::bad_alloc")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, of whatever kind, said that its memory does not suffice."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in said for words in _NO_MEMORY)
+    )
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

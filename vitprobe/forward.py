@@ -13,7 +13,7 @@ from torch import Tensor
 from vitprobe.capture import Recorder
 from vitprobe.data.blocks import Block, View
 from vitprobe.devices import exact_products, placed
-from vitprobe.errors import MeasureError, VitprobeError
+from vitprobe.errors import MeasureError, NoRoomError, VitprobeError, is_out_of_memory
 from vitprobe.model_block import ModelBlock, Wanted
 from vitprobe.models import Model
 from vitprobe.samples import SAMPLES, thumbnails
@@ -71,8 +71,13 @@ class Forward:
                     f"model '{self.model.name}', block {first // self._settings.block} of the "
                     f"images: {error}; check its weights with 'vitprobe inspect'"
                 ) from error
+            except NoRoomError as error:
+                raise VitprobeError(
+                    f"model '{self.model.name}' has no room on {self.device} for the {error}; give "
+                    "a smaller block, or another device"
+                ) from error
             except (RuntimeError, MemoryError) as error:
-                if not _no_room(error):
+                if not is_out_of_memory(error):
                     raise
                 where = str(error).partition("\n")[0] or "out of memory"
             # Only here is what the failed pass held free again.
@@ -103,9 +108,15 @@ class Forward:
         grad_off = torch.no_grad() if self.model.spec == "module" else torch.inference_mode()
         with grad_off, recorder:
             for start in range(0, len(pixels), step):
-                recorder.run(pixels[start : start + step].to(self.device), first + start)
+                recorder.run(self._on_device(pixels[start : start + step]), first + start)
             made.finish()
         return made
+
+    def _on_device(self, pixels: Tensor) -> Tensor:
+        if self.device.type != "cuda":
+            return pixels.to(self.device)
+        # From pinned memory the copy goes on while the host queues the pass that waits for it.
+        return pixels.pin_memory().to(self.device, non_blocking=True)
 
     def _halve(self, step: int, reason: str) -> None:
         gc.collect()
@@ -123,11 +134,3 @@ class Forward:
             f"goes on with {self._step}; give a smaller batch size to begin with",
             stacklevel=2,
         )
-
-
-def _no_room(error: RuntimeError | MemoryError) -> bool:
-    """Whether a device, of whatever kind, said that its memory does not suffice."""
-    said = str(error).lower()
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        words in said for words in ("out of memory", "can't allocate memory", "not enough memory")
-    )

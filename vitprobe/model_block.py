@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vitprobe.capture.features import feature_layouts
-from vitprobe.errors import MeasureError
+from vitprobe.errors import MeasureError, NoRoomError
 from vitprobe.measures.attention import AttentionChunk, AttentionMeasure
 from vitprobe.measures.chunks import add
 from vitprobe.measures.gram import centered_gram
@@ -131,7 +131,7 @@ class ModelBlock:
         """Of those of the first `SAMPLES` images."""
         self.halved: tuple[int, int] | None = None
         """Images in a forward pass at first, and in the end, where the device had no more room."""
-        self._parts: list[list[Tensor]] = [[] for _ in range(layers)]
+        self._whole: dict[int, Tensor] = {}
         self._kept: list[list[Tensor]] = [[] for _ in range(layers)]
         self._grams: dict[int, Tensor] = {}
         self._vectors: dict[int, Tensor] = {}
@@ -161,17 +161,29 @@ class ModelBlock:
 
     def _add_compared(self, layer: int, first_image: int, kept: Tensor) -> None:
         """Features that similarity compares; a Gram as soon as those of all images are there."""
-        parts = self._parts[layer]
-        left = self.first + self.count - first_image - len(kept)
-        # What is kept past this forward pass must not share memory with the model's own tensors.
-        parts.append(kept.clone() if left else kept)
-        if left:
-            return
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        parts.clear()
+        whole = kept
+        if len(kept) < self.count:
+            whole = self._whole.pop(layer, None)
+            whole = self._room(kept) if whole is None else whole
+            start = first_image - self.first
+            whole[start : start + len(kept)] = kept
+            if start + len(kept) < self.count:
+                self._whole[layer] = whole
+                return
         self._grams[layer] = centered_gram(whole)
         if self.wanted.vectors:
             self._vectors[layer] = whole.clone()
+
+    def _room(self, kept: Tensor) -> Tensor:
+        """For a layer of all images, taken as the first of them come: a run that has no room for
+        it says so after its first forward pass, and not after its last."""
+        try:
+            return kept.new_empty((self.count, *kept.shape[1:]))
+        except (RuntimeError, MemoryError) as error:
+            raise NoRoomError(
+                f"features of the {self.count} images of a block, which have to be kept where a "
+                f"forward pass takes fewer, here {len(kept)}"
+            ) from error
 
     def add_attention(self, chunk: AttentionChunk) -> None:
         """Add some rows of one attention layer.

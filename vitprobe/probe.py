@@ -454,7 +454,7 @@ def probe(
         source.check_begin(list(zip(found.images.used, found.images.digests, strict=True)))
         return Path(out)
     device_ = find_device(settings.device)
-    writer = ProbeWriter(Path(out), model, settings, source, resume=resume, force=force)
+    writer = ProbeWriter(Path(out), model, settings, source, device_, resume=resume, force=force)
     total = len(source) if source.names is not None else source.limit
     with (
         tqdm(
@@ -482,6 +482,7 @@ class ProbeWriter:
         model: what is probed.
         settings: of the run.
         images: of the run.
+        device: on which the model is run; blocks of another kind of device are not gone on with.
         resume: go on behind the blocks that are there.
         force: replace what is there.
     """
@@ -492,6 +493,7 @@ class ProbeWriter:
         model: Model,
         settings: Settings,
         images: Images,
+        device: torch.device,
         *,
         resume: bool,
         force: bool,
@@ -505,6 +507,7 @@ class ProbeWriter:
             "weights": model.weights_sha256(),
             "anatomy": anatomy,
             "settings": _kept_settings(settings),
+            "device": device.type,
             "images": {"source": images.source, "limit": images.limit, "seed": images.seed},
         }
         self._partial = PartialProbe(out, about, tensors, resume=resume)

@@ -41,6 +41,7 @@ SAME: Final = (
     "format",
     *(f"settings.{name}" for name in ("measures", "layers", "tokens", "block", "precision")),
     "settings.max_images",
+    "device",
     "images.limit",
     "images.seed",
 )

@@ -25,13 +25,13 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from vitprobe import tables
+from vitprobe import notebook, tables
 from vitprobe.condensed import NOTE as CONDENSED
 from vitprobe.condensed import condensed_groups
 from vitprobe.datasets import by_head, columns, pair
 from vitprobe.errors import ResultError, suggest
 from vitprobe.files import replacing
-from vitprobe.measures.registry import ATTENTION
+from vitprobe.measures.registry import ATTENTION, MEASURES
 from vitprobe.scores import Scores
 from vitprobe.statistics import paired, quantile, t_interval
 
@@ -235,6 +235,56 @@ class Comparison:
             ResultError: no model of that name, or no similarity measure of that name.
         """
         return self._pair(measure, measure, a, b)
+
+    def equal_depth(self, measure: str, a: str, b: str, *, level: float = 0.95) -> xr.Dataset:
+        """A similarity measure between layers at the same depth of two models.
+
+        Layer i of `a` is set beside layer j of `b` where i / L_a = j / L_b; models of equal depth
+        have one pair a layer. `most_different(measure, a, b)` names the pair of lowest value.
+
+        Args:
+            measure: such as `cka`.
+            a: name of a model.
+            b: name of another.
+            level: of the intervals, pointwise.
+
+        Returns:
+            `value`, `low`, `high` and `floor` over (layer,), the layers of `a`, with the coordinate
+            `layer_b`.
+
+        Raises:
+            ResultError: as `similarity`, or a level that is no probability.
+        """
+        value, floor = self.similarity(measure, a, b), self.floor(measure, a, b)
+        low, high = self.interval(measure, a, b, level=level)
+        own, other = value["layer_a"].values, value["layer_b"].values
+        rows, columns = np.nonzero(tables.of_equal_depth(own, other))
+        found = {"value": value, "low": low, "high": high, "floor": floor}
+        return xr.Dataset(
+            {name: ("layer", array.values[rows, columns]) for name, array in found.items()},
+            coords={"layer": own[rows], "layer_b": ("layer", other[columns])},
+            attrs={**value.attrs, "level": level, "model_a": a, "model_b": b},
+        )
+
+    def most_different(self, measure: str, a: str, b: str) -> tuple[int, int]:
+        """The layers, of `a` and of `b`, that differ most at the same depth, by `equal_depth`.
+
+        Whether that layer differs from its neighbours, the intervals of `equal_depth` say.
+
+        Raises:
+            ResultError: as `similarity`, or the measure is undefined in all of these layers.
+        """
+        found = self.equal_depth(measure, a, b)
+        if not found["value"].notnull().any():
+            raise ResultError(f"'{measure}' of '{a}' and '{b}' is undefined at every depth")
+        at = found.isel(layer=int(found["value"].argmin("layer")))
+        return int(at["layer"]), int(at["layer_b"])
+
+    def summary(self) -> dict[str, Any]:
+        """The main numbers as JSON-able values, see `vitprobe.summary.summary`."""
+        from vitprobe.summary import summary
+
+        return summary(self)
 
     def floor(self, measure: str, a: str, b: str) -> xr.DataArray:
         """What a similarity measure reaches when the images of one side are permuted.
@@ -599,7 +649,7 @@ class Comparison:
     def condensed(self) -> Comparison:
         """What figures and tables read, in some percent of the space.
 
-        Similarity keeps its values, standard errors and floors in single precision; measures of
+        Similarity keeps its values, standard errors and floors, rounded to 1/16384; measures of
         every image become their means over images, without an interval over images; sums that
         merge and samples are left out. A note says so.
         """
@@ -632,6 +682,9 @@ class Comparison:
     def __repr__(self) -> str:
         images = self.provenance["images"]["count"]
         return f"Comparison({', '.join(self.models)}; {images} images; {', '.join(self.measures)})"
+
+    def _repr_html_(self) -> str:
+        return notebook.of_comparison(self)
 
     def _index(self, name: str) -> int:
         if name not in self.models:
@@ -709,7 +762,7 @@ def open_result(path: str | Path) -> Comparison:
                     "'vitprobe compare'"
                 )
             result = Comparison(tree.load())
-        _check_whole(result)
+        _check_whole(result, path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ResultError(f"'{path}' is no whole vitprobe result: {what}") from error
@@ -721,7 +774,7 @@ def _open(path: Path) -> xr.DataTree:
     return tree
 
 
-def _check_whole(result: Comparison) -> None:
+def _check_whole(result: Comparison, path: Path) -> None:
     """Raise KeyError or ValueError for a result that lacks what its provenance names."""
     provenance = result.provenance
     for name in ("measures", "notes", "images", "models"):
@@ -743,6 +796,11 @@ def _check_whole(result: Comparison) -> None:
                 raise KeyError(f"an attention layer of {name} has no {min(missing)}")
     for name in result.scores["model"].unique():
         result.describe(name)
+    if unknown := [name for name in result.measures if name not in MEASURES]:
+        raise ResultError(
+            f"'{path}' has the measure '{unknown[0]}', which is not known here; import what "
+            "registers it (vitprobe.measures.register) before"
+        )
     for measure in (*result.measures, *([COMPANION] if "cka" in result.measures else [])):
         try:
             dataset = result.tree[result.group_of(measure)].to_dataset()

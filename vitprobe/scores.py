@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from vitprobe import notebook
 from vitprobe.errors import ResultError
 from vitprobe.files import replacing
 from vitprobe.statistics import t_interval
@@ -82,6 +83,9 @@ class Scores:
         models = dict.fromkeys(row.model for row in self.rows)
         protocols = dict.fromkeys(row.protocol for row in self.rows)
         return f"Scores({len(self)} of {', '.join(models)} by {', '.join(protocols)})"
+
+    def _repr_html_(self) -> str:
+        return notebook.of_scores(self)
 
     def __add__(self, other: Scores) -> Scores:
         """Both, those of `self` first; a row that both hold is kept once."""

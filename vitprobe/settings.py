@@ -16,9 +16,13 @@ from vitprobe.results import COMPANION
 
 DEFAULT_MEASURES: Final = ("cka", "attention_distance", "attention_entropy")
 ALL: Final = "all"
-KNOWN: Final = tuple(name for name in MEASURES if name != COMPANION)
 
 Precision = Literal["fp32", "bf16"]
+
+
+def known() -> tuple[str, ...]:
+    """The measures that can be asked for, those that users have registered among them."""
+    return tuple(name for name in MEASURES if name != COMPANION)
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,13 @@ class Settings:
         if isinstance(self.measures, str):
             raise MeasureError(f"measures are a list of names: give ['{self.measures}']")
         for name in self.measures:
-            if name not in (*KNOWN, ALL):
+            if name not in (*known(), ALL):
                 raise MeasureError(
-                    f"unknown measure '{name}'.{suggest(name, KNOWN)} Use some of "
-                    f"{' '.join(KNOWN)}, or {ALL}."
+                    f"unknown measure '{name}'.{suggest(name, known())} Use some of "
+                    f"{' '.join(known())}, or {ALL}."
                 )
         if not self.measures:
-            raise MeasureError(f"no measure asked for: use some of {', '.join(KNOWN)}, or {ALL}")
+            raise MeasureError(f"no measure asked for: use some of {', '.join(known())}, or {ALL}")
         if self.tokens not in get_args(TokenPolicy):
             raise MeasureError(
                 f"unknown tokens '{self.tokens}': use one of {', '.join(get_args(TokenPolicy))}"
@@ -107,5 +111,5 @@ class Settings:
         return bool(self.similarity or self.layer_tokens)
 
     def _of(self, group: Group) -> tuple[str, ...]:
-        asked = KNOWN if ALL in self.measures else dict.fromkeys(self.measures)
+        asked = known() if ALL in self.measures else dict.fromkeys(self.measures)
         return tuple(name for name in asked if MEASURES[name].group == group)

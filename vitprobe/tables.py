@@ -270,10 +270,16 @@ def _alike(result: Comparison, measure: str, a: str, b: str) -> float:
     """Mean similarity of two models over layer pairs of equal depth share."""
     value = (result.similarity(measure, a, b) + result.similarity(measure, b, a).values.T) / 2
     rows, columns = value["layer_a"].values, value["layer_b"].values
-    last_a, last_b = max(rows[-1], 1), max(columns[-1], 1)
-    cells = value.values[rows[:, None] * last_b == columns[None, :] * last_a]
+    cells = value.values[of_equal_depth(rows, columns)]
     defined = cells[~np.isnan(cells)]
     return float(defined.mean()) if len(defined) else np.nan
+
+
+def of_equal_depth(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Which layers of two models, numbered from 0 to their last, lie at the same share of depth:
+    (rows, columns) bool."""
+    last_a, last_b = max(rows[-1], 1), max(columns[-1], 1)
+    return np.asarray(rows[:, None] * last_b == columns[None, :] * last_a)
 
 
 def _within(table: np.ndarray) -> tuple[float, float, float, int]:

@@ -57,6 +57,9 @@ PRETRAINED = ("mae", "dmae", "mocov3", "dino")
 RANDOM = "random"
 
 
+_TABLES = ("every", "finetune", *SYSTEMS)
+
+
 @dataclass(frozen=True)
 class Schedule:
     """A table of schedules.toml."""
@@ -79,7 +82,7 @@ class Schedule:
         if name not in tables:
             raise RecipeError(f"no schedule '{name}'; choose one of {', '.join(tables)}")
         table = tables[name]
-        changes = {key: table.pop(key) for key in ("every", *SYSTEMS) if key in table}
+        changes = {key: table.pop(key) for key in _TABLES if key in table}
         table |= {"once": tuple(table["once"]), "snapshots": tuple(table["snapshots"])}
         return cls(name=name, changes=changes, **table)
 
@@ -172,18 +175,13 @@ def evaluation(schedule: Schedule, runs: Path, data: Path) -> list[Job]:
     systems = (*SYSTEMS, RANDOM)
     seeds = {s: schedule.seeds_of(s if s != RANDOM else "mae") for s in systems}
     jobs = []
-    for protocol in ("knn", "linear"):
-        for system in systems:
-            jobs += [_scoring(protocol, system, seed, [], runs, data) for seed in seeds[system]]
-    for protocol in ("knn", "linear"):
-        for system in systems:
-            jobs.append(_scoring(protocol, system, 0, ["--layers"], runs, data, "-layers"))
-    for variant in VARIANTS:
-        jobs += [_scoring(p, f"dmae-{variant}", 0, [], runs, data) for p in ("knn", "linear")]
-    tuned = (RANDOM, *PRETRAINED)
+    for seed in range(schedule.seeds):
+        # By depth too where it is one model a system.
+        jobs += [_frozen(s, seed, seed == 0, runs, data) for s in systems if seed in seeds[s]]
+    jobs += [_frozen(f"dmae-{variant}", 0, False, runs, data) for variant in VARIANTS]
     for seed in range(schedule.seeds):
         for labels in LABELS:
-            for system in tuned:
+            for system in (RANDOM, *PRETRAINED):
                 if seed in seeds[system]:
                     jobs.append(_finetuning(system, seed, labels, None, schedule, runs, data))
         if seed == 0:
@@ -207,20 +205,14 @@ def model_spec(system: str, seed: int, runs: Path) -> tuple[str, str, Path]:
     return f"{name} {seed}", f"run:{run}", run / "encoder.safetensors"
 
 
-def _scoring(
-    protocol: str,
-    system: str,
-    seed: int,
-    options: list[str],
-    runs: Path,
-    data: Path,
-    suffix: str = "",
-) -> Job:
+def _frozen(system: str, seed: int, layers: bool, runs: Path, data: Path) -> Job:
+    """k-NN and a linear classifier, from one pass."""
     name, spec, needed = model_spec(system, seed, runs)
-    job = f"{protocol}-{system}-{seed}{suffix}"
+    job = f"frozen-{system}-{seed}"
     out = runs / "scores" / job
-    command = ["evaluate", protocol, f"{name}={spec}", "--data", str(data), "--out", str(out)]
-    return Job(job, [*command, *options], out / "scores.json", needs=needed)
+    command = ["evaluate", "frozen", f"{name}={spec}", "--data", str(data), "--out", str(out)]
+    command += ["--l2", "1e-2", "1e-3", "1e-4", *(["--layers", "normed"] if layers else [])]
+    return Job(job, command, out / "scores.json", needs=needed)
 
 
 def _finetuning(
@@ -237,6 +229,9 @@ def _finetuning(
     out = runs / "scores" / job
     command = ["evaluate", "finetune", f"{name}={spec}", "--data", str(data), "--out", str(out)]
     command += ["--recipe", "fashion_finetune", "--labels", str(labels), "--seed", str(seed)]
+    changes = {"epochs": 1, **schedule.changes.get("finetune", {})}
+    command += ["--updates", str(schedule.finetune_updates), "--set"]
+    command += [f"{key}={_toml(value)}" for key, value in changes.items()]
     command += [] if kept is None else ["--kept", str(kept)]
     return Job(job, command, out / "scores.json", resumable=out / "state.pt", needs=needed)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -47,9 +48,12 @@ def check(logits, whole, prefix, grid):
     st.tuples(st.integers(1, 4), st.integers(1, 4)),
     st.sampled_from([1, 7, 40, 10**6]),
     st.sampled_from([None, "read", "added"]),
+    st.sampled_from([1, 3]),
 )
 @settings(max_examples=60, deadline=None)
-def test_equals_the_whole_map_whatever_the_tiles(images, heads, prefix, grid, tile, masked):
+def test_equals_the_whole_map_whatever_the_tiles(
+    images, heads, prefix, grid, tile, masked, threads
+):
     tokens = prefix + grid[0] * grid[1]
     generator = torch.Generator().manual_seed(images)
     mask = None
@@ -58,10 +62,46 @@ def test_equals_the_whole_map_whatever_the_tiles(images, heads, prefix, grid, ti
     elif masked == "added":
         mask = torch.randn(1, heads, tokens, tokens, generator=generator, dtype=torch.float64)
     one = products(0, images, heads, prefix=prefix, grid=grid, mask=mask)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, in_threads(threads):
         patch.setattr(rows, "TILE", tile)
         check(one, one.logits(), prefix, grid)
         check(one.logits(), one.logits(), prefix, grid)
+
+
+@contextmanager
+def in_threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_threads_change_no_bit_and_leave_torch_as_it_was(monkeypatch, inference):
+    monkeypatch.setattr(rows, "TILE", 200)
+    xy = grid_positions((3, 4), 16)
+    found = []
+    for threads in (1, 3):
+        with in_threads(threads), torch.inference_mode(inference):
+            given = products(images=7)
+            found.append(
+                row_statistics(given, query_prefix=1, key_prefix=1, query_xy=xy, key_xy=xy)
+            )
+            assert torch.get_num_threads() == threads
+    for alone, shared in zip(*found, strict=True):
+        assert torch.equal(alone.nan_to_num(-1), shared.nan_to_num(-1))
+
+
+def test_an_error_in_a_thread_is_passed_on_and_leaves_torch_as_it_was(monkeypatch):
+    monkeypatch.setattr(rows, "TILE", 1)
+    one = products()
+    wrong = Products(one.query, one.key[..., :-1], one.scale)
+    with in_threads(3):
+        with pytest.raises(RuntimeError):
+            row_statistics(wrong, query_prefix=1, key_prefix=1, query_xy=None, key_xy=None)
+        assert torch.get_num_threads() == 3
 
 
 def test_a_sink_that_takes_nearly_all_leaves_the_rest_as_it_is():

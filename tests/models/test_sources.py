@@ -39,6 +39,7 @@ def test_options_follow_the_source() -> None:
         ("torchvision:vit_b_16.IMAGENET1K_V1", "torchvision", "vit_b_16.IMAGENET1K_V1"),
         ("init:hf:google/vit,seed=1", "init_hf", "google/vit"),
         ("init:torchvision:swin_t", "init_torchvision", "swin_t"),
+        ("init:run:runs/mae,seed=1", "init_file", "runs/mae/encoder.safetensors"),
         ("folder/with=sign/mae.pth.tar", "file", "folder/with=sign/mae.pth.tar"),
         ("C:\\models\\mae.pth", "file", "C:\\models\\mae.pth"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
@@ -65,6 +66,17 @@ def test_layer_decay_is_timms() -> None:
         assert pair == pytest.approx(their[key])
 
 
+def test_sgd_is_torchs_with_the_same_groups() -> None:
+    model = VisionTransformer(img_size=8, patch_size=2, embed_dim=16, depth=1, num_heads=2)
+    config = OptimizerConfig(**{**SETTINGS, "name": "sgd", "momentum": 0.8, "weight_decay": 0.1})
+    optimizer = build_optimizer(model, config, 1)
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert {group["momentum"] for group in optimizer.param_groups} == {0.8}
+    assert {(g["decayed"], g["weight_decay"]) for g in optimizer.param_groups} == {
+        (True, 0.1), (False, 0.0),
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("name", "layer"),
     [
@@ -90,6 +102,8 @@ def test_layers_are_told_by_name(name: str, layer: int) -> None:
         {"betas": (0.9, 1.0)},
         {"warmup_epochs": -1.0},
         {"clip": -1.0},
+        {"clip_total": -1.0},
+        {"momentum": 1.0},
         {"layer_decay": 0.0},
         {"final_lr": -1.0},
         {"final_weight_decay": -1.0},
@@ -98,3 +112,8 @@ def test_layers_are_told_by_name(name: str, layer: int) -> None:
 def test_impossible_settings_are_refused_by_name(change: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=f"optimizer.{next(iter(change))}"):
         OptimizerConfig(**{**SETTINGS, **change})
+
+
+def test_gradients_are_clipped_one_by_one_or_all_together() -> None:
+    with pytest.raises(RecipeError, match=r"optimizer.clip or optimizer.clip_total, not both"):
+        OptimizerConfig(**SETTINGS, clip=1.0, clip_total=1.0)

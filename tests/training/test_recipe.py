@@ -9,14 +9,30 @@ import pytest
 
 from vitprobe.errors import RecipeError
 from vitprobe.training.methods.mae import MAEConfig
-from vitprobe.training.recipe import Recipe, bundled_recipes, load_recipe
+from vitprobe.training.recipe import (
+    Recipe,
+    bundled_recipes,
+    filled,
+    load_recipe,
+    method_of,
+)
 
 
 def test_bundled_recipes_load_and_leave_out_what_is_only_inherited() -> None:
     assert {"digits_mae", "digits_supervised"} <= set(bundled_recipes())
     assert not any(name.startswith("_") for name in bundled_recipes())
     for name in bundled_recipes():
-        assert isinstance(load_recipe(name), Recipe)
+        if method_of(name) == "finetune":
+            with pytest.raises(RecipeError, match=r"fine-tunes a checkpoint, which method.init"):
+                load_recipe(name)
+        else:
+            assert isinstance(load_recipe(name), Recipe)
+
+
+def test_what_an_earlier_version_saved_is_filled_with_defaults() -> None:
+    saved = load_recipe("digits_mae").to_dict()
+    del saved["optimizer"]["momentum"], saved["optimizer"]["name"]
+    assert filled(saved) == load_recipe("digits_mae").to_dict()
 
 
 def test_the_two_digit_recipes_train_the_same_encoder_on_the_same_data() -> None:
@@ -65,7 +81,7 @@ def test_overrides_reach_every_table_and_data_has_its_own_argument() -> None:
         ({"method.normalize_targets": 1}, "method.normalize_targets must be true or false"),
         (
             {"method.name": "mea"},
-            r"one of mae, moco_v3, dino, supervised, not 'mea'. Did you mean 'mae'\?",
+            r"supervised, finetune, not 'mea'. Did you mean 'mae'\?",
         ),
         ({"encoder": 5}, "encoder must be a table, not 5"),
     ],

@@ -204,7 +204,7 @@ def capturing(
     what: What = "features",
     convention: Convention = "normed",
 ) -> Iterator[Captured]:
-    """Keep what a model's layers compute in forward passes that are made inside the `with` block.
+    """Keep what a model's layers compute in forward passes that are made inside the `with` block::
 
         with vp.capturing(model, layers=[-1], what="both") as captured:
             loss = criterion(model.module(inputs), targets)

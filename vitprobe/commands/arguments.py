@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import tomllib
 from pathlib import Path
+from typing import Any
 
 from vitprobe.errors import ResultError, SourceError
 from vitprobe.models.sources import OPTIONS
@@ -23,6 +25,17 @@ def named(text: str) -> tuple[str | None, str]:
             f"MAE=mae.pth,{text}"
         )
     return name, spec
+
+
+def override(text: str) -> tuple[str, Any]:
+    """KEY=VALUE of a recipe, the value as TOML reads it, or else as text."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise SourceError(f"'{text}' is no KEY=VALUE; write it as epochs=3")
+    try:
+        return key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, value
 
 
 def check_output(out: Path, force: bool) -> None:

@@ -43,7 +43,7 @@ class _Listing:
 
 
 @dataclass(frozen=True)
-class _Loose:
+class Loose:
     """Reads files below a folder."""
 
     root: Path
@@ -77,7 +77,7 @@ def load_folder(path: Path) -> Split:
         folders += [prefix + name for name in below]
 
     def read(chosen: Sequence[int]) -> Callable[[int], bytes]:
-        return _Loose(path, Names(files[i] for i in chosen))
+        return Loose(path, Names(files[i] for i in chosen))
 
     return _split(_Listing(str(path), files, folders, read))
 

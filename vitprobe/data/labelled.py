@@ -26,6 +26,7 @@ from vitprobe.data.parts import (
     check_same_classes,
     numbered_classes,
 )
+from vitprobe.data.published import load_published, published_name
 from vitprobe.data.shards import is_shard, load_shards
 from vitprobe.errors import DataError, suggest
 
@@ -47,6 +48,8 @@ def load_labelled(source: Any, *, channels: int | None = None) -> Labelled:
             - tar shards, as a pattern `shards-{0000..0099}.tar` or their folder, see
               `vitprobe.data.shards`;
             - `hf:` and the name or folder of a Hugging Face data set;
+            - `cifar10:`, `cifar100:`, `flowers102:`, `pets:`, `aircraft:`, `cars:` or `inat18:` and
+              the folder that torchvision keeps it in, see `vitprobe.data.published`;
             - an .npz with `images`, `labels`, `test_images`, `test_labels`;
             - `train=` one of these `,test=` another;
             - a pair of arrays (images, labels), images (n, channels, height, width) uint8 or floats
@@ -100,6 +103,8 @@ def _split(source: str) -> Split:
         return _NAMED[source]()
     if source.startswith("hf:"):
         return load_huggingface(source.removeprefix("hf:"))
+    if published_name(source):
+        return load_published(source)
     if is_pattern(source):
         return load_shards(source, expand(source))
     path = Path(source).expanduser()

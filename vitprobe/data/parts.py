@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias, overload
 
 import numpy as np
@@ -151,3 +151,23 @@ def numbered_classes(*parts: Labels | None) -> tuple[str, ...]:
         if known
         else ()
     )
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Reads some of the images that `read` does."""
+
+    read: Callable[[int], bytes]
+    indices: NDArray[np.int64]
+
+    def __call__(self, i: int) -> bytes:
+        return self.read(int(self.indices[i]))
+
+
+def subset(part: Part, indices: NDArray[np.int64]) -> Part:
+    """Some of the images, in the order of `indices` (m,)."""
+    labels = None if part.labels is None else part.labels[indices]
+    if isinstance(part, Arrays):
+        return Arrays(part.images[indices], labels)
+    names = Names(part.names[int(i)] for i in indices)
+    return replace(part, names=names, labels=labels, read=_Chosen(part.read, indices))

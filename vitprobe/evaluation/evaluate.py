@@ -10,7 +10,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from vitprobe import provenance
+from vitprobe import distributed, provenance
 from vitprobe.errors import ResultError, VitprobeError, suggest
 from vitprobe.models import Model, load
 from vitprobe.scores import FILE, Scores
@@ -23,6 +23,11 @@ PROTOCOLS: Final = {
     "knn": "vitprobe.evaluation.nearest.Knn",
     "linear": "vitprobe.evaluation.linear.Linear",
     "frozen": "vitprobe.evaluation.frozen.Frozen",
+    "finetune": "vitprobe.evaluation.finetune.Finetune",
+    "transfer": "vitprobe.evaluation.transfer.Transfer",
+    "layers": "vitprobe.evaluation.layers.Layers",
+    "detection": "vitprobe.evaluation.dense.protocols.Detection",
+    "segmentation": "vitprobe.evaluation.dense.protocols.Segmentation",
 }
 """Where each is; loaded when it is asked for."""
 
@@ -65,12 +70,12 @@ def evaluate(
     chosen = find_protocol(protocol)(**_checked(protocol, options))
     if resume and not chosen.keeps:
         raise VitprobeError(f"{protocol} keeps nothing to go on with; run it again with force")
-    folder = None if out is None else Path(out)
-    if folder is not None:
+    folder, leads = None if out is None else Path(out), distributed.leads()
+    if folder is not None and leads:
         check_folder(folder, chosen.keeps, force=force, resume=resume)
     subject = model if isinstance(model, Model) else load(model, name=name)
     found = chosen.read(data)
-    if folder is not None and chosen.keeps:
+    if folder is not None and chosen.keeps and leads:
         _prepare(folder, chosen.keeps, resume=resume)
     rows = chosen.run(subject, found, folder if chosen.keeps else None)
     about = {
@@ -80,7 +85,7 @@ def evaluate(
         "options": asdict(chosen),
     }
     scores = Scores(rows, [about])
-    if folder is not None:
+    if folder is not None and leads:
         _make(folder)
         scores.save(folder / FILE)
     return scores

@@ -5,6 +5,7 @@ from vitprobe.measures.attention import (
     AttentionChunk,
     AttentionDistance,
     AttentionEntropy,
+    AttentionMeasure,
     RawAttentionDistance,
     SinkMass,
     attention_distance,
@@ -13,17 +14,20 @@ from vitprobe.measures.attention import (
     class_attention_entropy,
     sink_mass,
 )
+from vitprobe.measures.base import Info
 from vitprobe.measures.canonical import canonical_correlations, pwcca, svcca
 from vitprobe.measures.cka import CKA, CKARBF, cka
 from vitprobe.measures.exact_cka import ExactCKA
 from vitprobe.measures.first_direction import FirstDirectionShare
 from vitprobe.measures.heads import attention_nmi, head_divergence
 from vitprobe.measures.neighbours import mutual_knn
-from vitprobe.measures.registry import ALL_MEASURES, MEASURES
+from vitprobe.measures.registry import ALL_MEASURES, MEASURES, register
 from vitprobe.measures.rollout import attention_rollout
 from vitprobe.measures.rsa import rsa
 from vitprobe.measures.similarity import linear_regression, procrustes
+from vitprobe.measures.subset import SubsetMeasure
 from vitprobe.measures.tokens import (
+    TokenMeasure,
     effective_rank,
     feature_variance,
     fourier_log_amplitude,
@@ -42,10 +46,14 @@ __all__ = [
     "AttentionChunk",
     "AttentionDistance",
     "AttentionEntropy",
+    "AttentionMeasure",
     "ExactCKA",
     "FirstDirectionShare",
+    "Info",
     "RawAttentionDistance",
     "SinkMass",
+    "SubsetMeasure",
+    "TokenMeasure",
     "attention_distance",
     "attention_distance_quantile",
     "attention_entropy",
@@ -64,6 +72,7 @@ __all__ = [
     "procrustes",
     "pwcca",
     "rankme",
+    "register",
     "rsa",
     "select_tokens",
     "sink_mass",

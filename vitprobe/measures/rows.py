@@ -1,15 +1,18 @@
 """Entropy, distance and sink mass of attention rows, without ever holding a whole map.
 
-They are taken from tiles of logits that stay in a processor's cache. Where the logits are products
-of queries and keys, these too are made a tile at a time; on CUDA one kernel does it all.
+They are taken from tiles of logits that stay in a processor's cache, on a CPU a tile a thread.
+Where the logits are products of queries and keys, these too are made a tile at a time; on CUDA one
+kernel does it all.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +21,7 @@ from torch import Tensor
 from vitprobe.measures import fused
 from vitprobe.measures.fused import Rows
 
-TILE: Final = 1 << 19
+TILE: Final = 1 << 18
 """Most logits of a tile on a CPU."""
 DEVICE_TILE: Final = 1 << 26
 """The same elsewhere, where small tiles would keep the device waiting."""
@@ -76,21 +79,23 @@ class Products:
     def logits(self) -> Tensor:
         """(images, heads, queries, keys), with the gradient of what they come from."""
         query, key = self.query.to(self.dtype), self.key.to(self.dtype)
-        return self._masked((query * self.scale) @ key.mT)
+        return masked_((query * self.scale) @ key.mT, self.mask)
 
     def write(self, out: Tensor) -> None:
         """Write the logits to (images, heads, queries, keys) of one piece; without a gradient."""
         flat = out.flatten(0, 1)
         query, key = self.query.flatten(0, 1), self.key.flatten(0, 1)
         torch.baddbmm(flat, query, key.mT, beta=0, alpha=self.scale, out=flat)
-        self._masked(out)
+        masked_(out, self.mask)
 
-    def _masked(self, logits: Tensor) -> Tensor:
-        if self.mask is None:
-            return logits
-        if self.mask.dtype == torch.bool:
-            return logits.masked_fill_(~self.mask, -torch.inf)
-        return logits.add_(self.mask)
+
+def masked_(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Logits with a mask written into them: True where a key may be read, or what is added."""
+    if mask is None:
+        return logits
+    if mask.dtype == torch.bool:
+        return logits.masked_fill_(~mask, -torch.inf)
+    return logits.add_(mask)
 
 
 Logits: TypeAlias = Tensor | Products
@@ -142,37 +147,75 @@ def row_statistics(
 def _in_tiles(logits: Logits, query_prefix: int, key_prefix: int, distance: Tensor | None) -> Rows:
     images, heads, queries, keys = logits.shape
     patches = keys - key_prefix
-    most = TILE if logits.device.type == "cpu" else DEVICE_TILE
+    on_cpu = logits.device.type == "cpu"
+    most = TILE if on_cpu else DEVICE_TILE
     step = max(1, min(images, most // max(1, heads * queries * patches)))
     height = queries if step > 1 else max(1, min(queries, most // max(1, heads * patches)))
+    tiles = [
+        (slice(first, min(first + step, images)), slice(top, min(top + height, queries)))
+        for first in range(0, images, step)
+        for top in range(0, queries, height)
+    ]
+    threads = min(torch.get_num_threads(), len(tiles)) if on_cpu else 1
     like = torch.empty(0, dtype=logits.dtype, device=logits.device)
-    room = like.new_empty((2, step * heads * height * patches))
+    rooms = like.new_empty((threads, 2, step * heads * height * patches))
     found = like.new_full((3, images, heads, queries), torch.nan)
     finite = isinstance(logits, Products) and logits.mask is None
-    for first in range(0, images, step):
-        some = slice(first, min(first + step, images))
-        to_prefix, to_patches = (
-            _of_keys(part_of(logits, some, slice(None)), part)
-            for part in (slice(0, key_prefix), slice(key_prefix, keys))
-        )
-        for top in range(0, queries, height):
-            rows = slice(top, min(top + height, queries))
-            shape = (some.stop - first, heads, rows.stop - top, patches)
+
+    def add(room: Tensor, shared: Iterator[tuple[slice, slice]]) -> None:
+        of, sides = None, ()
+        for some, rows in shared:
+            if some != of:
+                of, whole = some, part_of(logits, some, slice(None))
+                parts = (slice(0, key_prefix), slice(key_prefix, keys))
+                sides = tuple(_of_keys(whole, part) for part in parts)
+            shape = (some.stop - some.start, heads, rows.stop - rows.start, patches)
             tile, weights = (part[: math.prod(shape)].view(shape) for part in room)
             aside = tile.new_empty((*shape[:-1], key_prefix))
-            _write(to_prefix, rows, aside)
-            _write(to_patches, rows, tile)
+            for side, out in zip(sides, (aside, tile), strict=True):
+                _write(side, rows, out)
             entropy, distance_, sink = (part[some, :, rows] for part in found)
             log_mass = _entropy(tile, weights, entropy, finite=finite)
             _sink(aside, log_mass, sink)
             if distance is not None:
-                patch = max(0, query_prefix - top)
-                ends = (max(0, end - query_prefix) for end in (top, rows.stop))
+                patch = max(0, query_prefix - rows.start)
+                ends = (max(0, end - query_prefix) for end in (rows.start, rows.stop))
                 weights = weights[:, :, patch:]
                 weights.mul_(distance[slice(*ends)])
                 torch.sum(weights, -1, out=distance_[:, :, patch:])
                 distance_.masked_fill_(entropy.isnan(), torch.nan)
+
+    _share(add, rooms, iter(tiles))
     return Rows(found[0], None if distance is None else found[1], found[2])
+
+
+_T = TypeVar("_T")
+
+
+def _share(
+    work: Callable[[Tensor, Iterator[_T]], None], rooms: Sequence[Tensor], parts: Iterator[_T]
+) -> None:
+    """Call `work` once with each room, all with the same iterator, in as many threads.
+
+    An operation on a tile is over in less time than threads take to meet at its end, most of all
+    where other work has one of their cores: so threads share the tiles, not the operations.
+    """
+    if len(rooms) == 1:
+        work(rooms[0], parts)
+        return
+    inference, threads = torch.is_inference_mode_enabled(), torch.get_num_threads()
+
+    def alone(room: Tensor) -> None:
+        # Of the thread in some versions of torch, of the process in others.
+        torch.set_num_threads(1)
+        with torch.inference_mode(inference), torch.no_grad():
+            work(room, parts)
+
+    try:
+        with ThreadPoolExecutor(len(rooms)) as pool:
+            list(pool.map(alone, rooms))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def part_of(logits: Logits, images: slice, queries: slice) -> Logits:

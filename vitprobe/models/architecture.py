@@ -47,6 +47,7 @@ _CONFIG = {
     "qkv_bias",
     "init_values",
     "norm_eps",
+    "activation",
 }
 
 

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from vitprobe.measures.rows import masked_
+
 Index = tuple[int | slice, ...]
 
 _SOFTMAX: Final = (torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax)
@@ -97,12 +99,8 @@ class AttentionCall:
         with torch.autocast(query.device.type, enabled=False):
             rows = query[index][..., queries, :].float() * self.scale
             product = rows @ key[index].float().mT
-        if self.mask is None:
-            return product
-        mask = self.mask.expand(self.shape)[index][..., queries, :]
-        if mask.dtype == torch.bool:
-            return product.masked_fill(~mask, -torch.inf)
-        return product + mask
+        mask = None if self.mask is None else self.mask.expand(self.shape)[index][..., queries, :]
+        return masked_(product, mask)
 
 
 class _Seen(NamedTuple):

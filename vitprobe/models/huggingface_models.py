@@ -17,7 +17,7 @@ from vitprobe.errors import CheckpointError, SourceError
 from vitprobe.models import hub
 from vitprobe.models.discovery import find_anatomy, find_input_size
 from vitprobe.models.folders import folder_sha256, has_weights, read_config
-from vitprobe.models.model import Fact, LoadReport, Model, module_facts, statistics_facts
+from vitprobe.models.model import Fact, LoadReport, Model, live_model
 from vitprobe.models.sources import ModelSpec
 
 _T = TypeVar("_T")
@@ -57,25 +57,17 @@ def load_huggingface(spec: ModelSpec, name: str | None) -> Model:
     input_size = (channels, height, width)
     anatomy = find_anatomy(module, input_size)
     images = read_config(folder, "preprocessor_config")
-    facts = {
-        **module_facts(module, anatomy, "module"),
-        "position_embedding": Fact("as loaded" if report else "random", "config"),
-        **statistics_facts(
-            channels,
-            mean=[("user", spec.options.get("mean")), ("config", _numbers(images, "image_mean"))],
-            std=[("user", spec.options.get("std")), ("config", _numbers(images, "image_std"))],
-        ),
-    }
     stem = spec.target.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
-    return Model(
-        name=name or (stem if report else f"init:{stem}"),
-        module=module,
-        spec=spec.text,
-        input_size=input_size,
-        mean=facts["mean"].value,
-        std=facts["std"].value,
-        anatomy=anatomy,
-        facts=facts,
+    return live_model(
+        name or (stem if report else f"init:{stem}"),
+        module,
+        spec.text,
+        input_size,
+        anatomy,
+        evidence="module",
+        mean=[("user", spec.options.get("mean")), ("config", _numbers(images, "image_mean"))],
+        std=[("user", spec.options.get("std")), ("config", _numbers(images, "image_std"))],
+        position_embedding=Fact("as loaded" if report else "random", "config"),
         report=report,
         sha256=sha256,
     )

@@ -23,12 +23,11 @@ from vitprobe.models.filling import fill, fit, read_encoder
 from vitprobe.models.folders import read_saved
 from vitprobe.models.huggingface_models import load_huggingface
 from vitprobe.models.inert import as_mapping
-from vitprobe.models.model import ASSUMED, Claims, Fact, Model, module_facts, statistics_facts
-from vitprobe.models.sources import OPTIONS, ModelSpec, parse_spec, read_option
+from vitprobe.models.model import ASSUMED, Claims, Fact, Model, live_model, statistics_facts
+from vitprobe.models.sources import OPTIONS, RUN_ENCODER, ModelSpec, parse_spec, read_option
 from vitprobe.models.timm_models import configured_statistics, load_timm
 from vitprobe.models.torchvision_models import load_torchvision
 
-RUN_ENCODER = "encoder.safetensors"
 _LIBRARIES = {
     "timm": load_timm,
     "init": load_timm,
@@ -72,14 +71,14 @@ def load(
     if parsed.kind in _LIBRARIES:
         return _LIBRARIES[parsed.kind](parsed, name)
     path = checkpoint_path(parsed)
-    if parsed.kind == "run":
+    stem = _SUFFIXES.sub("", path.name)
+    if parsed.kind == "run" or (parsed.kind == "init_file" and path.name == RUN_ENCODER):
         if not os.path.isfile(path):
             raise SourceError(
-                f"'{parsed.target}' is not a finished run of vitprobe pretrain: it holds no "
+                f"'{path.parent}' is not a finished run of vitprobe pretrain: it holds no "
                 f"{RUN_ENCODER}."
             )
-        name = name or path.parent.resolve().name
-    stem = _SUFFIXES.sub("", path.name)
+        stem = path.parent.resolve().name
     return _load_file(
         path, parsed, name or (f"init:{stem}" if parsed.kind == "init_file" else stem)
     )
@@ -140,23 +139,15 @@ def wrap(
         option: None if values is None else read_option(option, values, f"wrap of '{name}'")
         for option, values in (("mean", mean), ("std", std))
     }
-    facts = {
-        **module_facts(module, anatomy, "module"),
-        **statistics_facts(
-            input_size[0],
-            mean=[("user", given["mean"]), ("timm", configured[0])],
-            std=[("user", given["std"]), ("timm", configured[1])],
-        ),
-    }
-    return Model(
-        name=name,
-        module=module,
-        spec="module",
-        input_size=input_size,
-        mean=facts["mean"].value,
-        std=facts["std"].value,
-        anatomy=anatomy,
-        facts=facts,
+    return live_model(
+        name,
+        module,
+        "module",
+        input_size,
+        anatomy,
+        evidence="module",
+        mean=[("user", given["mean"]), ("timm", configured[0])],
+        std=[("user", given["std"]), ("timm", configured[1])],
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
+from vitprobe import notebook
 from vitprobe.errors import SourceError
 from vitprobe.models.anatomy import Anatomy
 
@@ -59,6 +60,9 @@ class LoadReport:
             for name, value in asdict(self).items()
         }
 
+    def _repr_html_(self) -> str:
+        return notebook.of_load_report(self)
+
 
 class Subject(Protocol):
     """What a comparison knows of a model, which may be at hand or in a probe file."""
@@ -75,6 +79,22 @@ class Subject(Protocol):
     def dtype(self) -> str: ...
     def weights_sha256(self) -> str: ...
     def describe(self) -> dict[str, Any]: ...
+
+
+def assumed_notes(model: Subject) -> list[str]:
+    """What a reader must know of facts of a model that nothing says."""
+    described = model.describe()
+    assumed, facts = described["assumed"], described["facts"]
+    notes = []
+    if "heads" in assumed:
+        notes.append(
+            f"{model.name}: {facts['heads']['value']} heads assumed, which nothing in the "
+            "file says and which changes every result; give heads=N to state them."
+        )
+    others = [f"{name} {facts[name]['value']}" for name in assumed if name != "heads"]
+    if others:
+        notes.append(f"{model.name}: assumed, not read anywhere: {', '.join(others)}.")
+    return notes
 
 
 @dataclass(repr=False)
@@ -111,6 +131,9 @@ class Model:
         )
         size = "x".join(map(str, self.input_size))
         return f"Model('{self.name}' from '{self.spec}': {facts}, input {size})"
+
+    def _repr_html_(self) -> str:
+        return notebook.of_model(self)
 
     @property
     def dtype(self) -> str:
@@ -162,6 +185,45 @@ class Model:
 
 
 Claims = Sequence[tuple[str, Sequence[float] | None]]
+
+
+def live_model(
+    name: str,
+    module: nn.Module,
+    spec: str,
+    input_size: tuple[int, int, int],
+    anatomy: Anatomy,
+    *,
+    evidence: str,
+    mean: Claims,
+    std: Claims,
+    position_embedding: Fact | None = None,
+    report: LoadReport | None = None,
+    sha256: str | None = None,
+) -> Model:
+    """The model of a module that speaks for itself: what is not given it is asked for.
+
+    evidence: what the facts of its architecture are said to be known by; mean, std: as of
+    `statistics_facts`.
+
+    Raises SourceError as `statistics_facts`.
+    """
+    facts = module_facts(module, anatomy, evidence)
+    if position_embedding is not None:
+        facts["position_embedding"] = position_embedding
+    facts |= statistics_facts(input_size[0], mean, std)
+    return Model(
+        name=name,
+        module=module,
+        spec=spec,
+        input_size=input_size,
+        mean=facts["mean"].value,
+        std=facts["std"].value,
+        anatomy=anatomy,
+        facts=facts,
+        report=report,
+        sha256=sha256,
+    )
 
 
 def statistics_facts(channels: int, mean: Claims, std: Claims) -> dict[str, Fact]:

@@ -9,8 +9,8 @@ A spec is `SOURCE[,option=value…]`, where SOURCE is one of
 - `hf:FOLDER_OR_REPOSITORY`: a model of transformers, run by that library
 - `torchvision:NAME`: a torchvision model with its published weights
 - `path/to/NAME.probe`: a probe file, which holds no model but what a comparison needs of one
-- `init:NAME`, `init:path/to/checkpoint`, `init:hf:…` or `init:torchvision:NAME`: the same
-  architecture with random weights
+- `init:NAME`, `init:path/to/checkpoint`, `init:run:DIR`, `init:hf:…` or `init:torchvision:NAME`:
+  the same architecture with random weights
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vitprobe.bundled import bundled_encoder
 from vitprobe.errors import SourceError, suggest
 
 PROBE_SUFFIX = ".probe"
+RUN_ENCODER = "encoder.safetensors"
+"""The file of a run that holds its encoder."""
 LIBRARIES = ("hf", "torchvision")
 _PREFIXES = ("file", "run", "bundled", "timm", *LIBRARIES, "init")
 # With random weights: of a timm model, a file, and the models of the libraries.
@@ -87,6 +90,10 @@ def _split_kind(source: str, text: str) -> tuple[str, str]:
         library, _, rest = target.partition(":")
         if library in LIBRARIES:
             prefix, target = f"init_{library}", rest
+        elif library == "run" and rest:
+            prefix, target = "init_file", str(Path(rest) / RUN_ENCODER)
+        elif library == "bundled" and rest:
+            prefix, target = "init_file", str(bundled_encoder(rest))
         elif target and _exists(target):
             prefix = "init_file"
     if not target:

@@ -19,7 +19,7 @@ from vitprobe.models import hub
 from vitprobe.models.anatomy import Anatomy
 from vitprobe.models.architecture import resized_text
 from vitprobe.models.discovery import find_anatomy, find_input_size
-from vitprobe.models.model import Fact, LoadReport, Model, module_facts, statistics_facts
+from vitprobe.models.model import Fact, LoadReport, Model, live_model
 from vitprobe.models.sources import ModelSpec
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -55,24 +55,16 @@ def load_timm(spec: ModelSpec, name: str | None) -> Model:
         sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
         module = _create(spec, seed, size, weights)
     mean, std = configured_statistics(module, input_size[0])
-    facts = {
-        **module_facts(module, anatomy, "timm"),
-        "position_embedding": _position_fact(module, anatomy.residual[0].grid, size, pretrained),
-        **statistics_facts(
-            input_size[0],
-            mean=[("user", spec.options.get("mean")), ("timm", mean)],
-            std=[("user", spec.options.get("std")), ("timm", std)],
-        ),
-    }
-    return Model(
-        name=name or (spec.target if pretrained else f"init:{spec.target}"),
-        module=module,
-        spec=spec.text,
-        input_size=input_size,
-        mean=facts["mean"].value,
-        std=facts["std"].value,
-        anatomy=anatomy,
-        facts=facts,
+    return live_model(
+        name or (spec.target if pretrained else f"init:{spec.target}"),
+        module,
+        spec.text,
+        input_size,
+        anatomy,
+        evidence="timm",
+        mean=[("user", spec.options.get("mean")), ("timm", mean)],
+        std=[("user", spec.options.get("std")), ("timm", std)],
+        position_embedding=_position_fact(module, anatomy.residual[0].grid, size, pretrained),
         report=_report(module) if pretrained else None,
         sha256=sha256,
     )

@@ -13,7 +13,7 @@ from torch import nn
 from vitprobe.errors import SourceError, suggest
 from vitprobe.models import hub
 from vitprobe.models.discovery import find_anatomy
-from vitprobe.models.model import Fact, LoadReport, Model, module_facts, statistics_facts
+from vitprobe.models.model import Fact, LoadReport, Model, live_model
 from vitprobe.models.sources import ModelSpec
 
 # The argument of those constructors that fix the size of the input.
@@ -41,24 +41,16 @@ def load_torchvision(spec: ModelSpec, name: str | None) -> Model:
     module = _create(spec, weights if pretrained else None)
     input_size = (3, *size)
     anatomy = find_anatomy(module, input_size)
-    facts = {
-        **module_facts(module, anatomy, "module"),
-        "position_embedding": _position_fact(module, pretrained),
-        **statistics_facts(
-            3,
-            mean=[("user", spec.options.get("mean")), ("torchvision", transforms.mean)],
-            std=[("user", spec.options.get("std")), ("torchvision", transforms.std)],
-        ),
-    }
-    return Model(
-        name=name or (spec.target if pretrained else f"init:{spec.target}"),
-        module=module,
-        spec=spec.text,
-        input_size=input_size,
-        mean=facts["mean"].value,
-        std=facts["std"].value,
-        anatomy=anatomy,
-        facts=facts,
+    return live_model(
+        name or (spec.target if pretrained else f"init:{spec.target}"),
+        module,
+        spec.text,
+        input_size,
+        anatomy,
+        evidence="module",
+        mean=[("user", spec.options.get("mean")), ("torchvision", transforms.mean)],
+        std=[("user", spec.options.get("std")), ("torchvision", transforms.std)],
+        position_embedding=_position_fact(module, pretrained),
         # torchvision loads strictly: every parameter comes from the file.
         report=LoadReport("torchvision", tuple(module.state_dict()), (), (), (), None, 1.0)
         if pretrained

@@ -23,7 +23,7 @@ from vitprobe.plots.similarity import (
     similarity_grid,
     similarity_heatmap,
 )
-from vitprobe.plots.style import save, style
+from vitprobe.plots.style import paper_style, save
 from vitprobe.plots.training import training_curves
 
 __all__ = [
@@ -39,12 +39,12 @@ __all__ = [
     "fourier_curves",
     "group_spread",
     "interval_width",
+    "paper_style",
     "probes_by_depth",
     "save",
     "similarity_grid",
     "similarity_heatmap",
     "sink_mass",
-    "style",
     "token_curves",
     "training_curves",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,11 +42,32 @@ _UNDATED = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Apply vitprobe's matplotlib style inside a `with` block, and nowhere else.
+    """Apply vitprobe's matplotlib style inside a `with` block, and nowhere else: see `paper_style`.
 
     Save figures inside the block too: fonts in PDF and ids in SVG are settled while saving.
     """
     with mpl.rc_context(fname=_STYLE):
+        yield
+
+
+@contextmanager
+def paper_style(rc: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Give everything that is drawn inside a `with` block the look of vitprobe's figures.
+
+    One column of a two-column paper is 3.25 inches wide and a page 6.75; text is 7 points, stays
+    text in SVG and is TrueType (no Type 3) in PDF. Save figures inside the block too: fonts in PDF
+    and ids in SVG are settled while saving. Nothing outside the block is changed.
+
+    rc: of matplotlib, on top of it, such as `{"font.family": "serif", "font.size": 8}`.
+
+    Example:
+        >>> import matplotlib.pyplot as plt
+        >>> with paper_style({"font.size": 8}):
+        ...     figure, axes = plt.subplots(1, 2, figsize=(6.75, 2.4))
+        ...     axes[0].title.get_fontsize()
+        7.5
+    """
+    with style(), mpl.rc_context(rc=dict(rc or {})):
         yield
 
 

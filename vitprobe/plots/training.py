@@ -20,7 +20,13 @@ _SHARED = {
     "images_per_s": ("Speed", "images/s"),
     "lr": ("Learning rate", ""),
 }
-_METHODS = {"mae": "MAE", "moco_v3": "MoCo v3", "dino": "DINO", "supervised": "supervised"}
+_METHODS = {
+    "mae": "MAE",
+    "moco_v3": "MoCo v3",
+    "dino": "DINO",
+    "supervised": "supervised",
+    "finetune": "fine-tuning",
+}
 # Of a method's own metrics. MoCo v3 multiplies its cross-entropy by twice the temperature, and the
 # loss of a distilled method adds terms of different units: those have none.
 _UNITS = {
@@ -32,6 +38,8 @@ _UNITS = {
     ("dino", "kl"): "nats",
     ("supervised", "loss"): "nats",
     ("supervised", "accuracy"): "share of images",
+    ("finetune", "loss"): "nats",
+    ("finetune", "accuracy"): "share of images",
 }
 # Colours repeat with another dash: 24 runs can be told apart.
 _DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitprobe.errors import ResultError
+from vitprobe.loggers import check_loggers
 from vitprobe.report.figures import draw
 from vitprobe.report.lists import lists_of
+from vitprobe.report.logged import send
 from vitprobe.report.page import GENERATOR, render
 
 if TYPE_CHECKING:
@@ -20,7 +23,9 @@ if TYPE_CHECKING:
 _OWN = ("figures", "tables", "results.nc", "report.html")
 
 
-def report(result: Comparison, out: str | Path, *, force: bool = False) -> Path:
+def report(
+    result: Comparison, out: str | Path, *, force: bool = False, loggers: Sequence[str] = ()
+) -> Path:
     """Write a report of `result` into the new folder `out`, all of it or nothing.
 
     Args:
@@ -29,14 +34,18 @@ def report(result: Comparison, out: str | Path, *, force: bool = False) -> Path:
             figures/*.pdf|svg|png, tables/*.csv and results.nc.
         force: replace an earlier report in `out`. Other files there are left alone; a folder with
             files but no report is refused all the same.
+        loggers: also send figures and numbers by layer to these: "tensorboard" (event files in
+            out/tensorboard), "wandb".
 
     Returns:
         The path of report.html.
 
     Raises:
         ResultError: `out` exists (without `force`), is something else, or cannot be written.
+        LoggerError: an unknown logger, one that is not installed, or cannot be opened.
     """
     out = Path(out)
+    check_loggers(loggers)
     check_folder(out, force=force)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -50,6 +59,7 @@ def report(result: Comparison, out: str | Path, *, force: bool = False) -> Path:
             shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
         raise ResultError(f"cannot write '{out}': {error.strerror or error}") from error
+    send(result, out, loggers)
     return out / "report.html"
 
 
@@ -102,3 +112,5 @@ def _move(part: Path, out: Path) -> None:
         if old.is_dir() and not old.is_symlink():
             shutil.rmtree(old)
         os.replace(part / name, old)
+    # Event files of the report before would be drawn into the curves of this one.
+    shutil.rmtree(out / "tensorboard", ignore_errors=True)

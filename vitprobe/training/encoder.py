@@ -101,13 +101,33 @@ def build_encoder(config: EncoderConfig, num_classes: int = 0) -> VisionTransfor
         qkv = encoder.get_parameter(f"blocks.{i}.attn.qkv.weight").detach()
         for matrix in qkv.chunk(3):
             nn.init.xavier_uniform_(matrix)
-    for i, block in enumerate(encoder.blocks):
-        rate = config.drop_path * i / max(config.depth - 1, 1)
-        for branch in ("drop_path1", "drop_path2") if rate else ():
-            setattr(block, branch, StochasticDepth(rate, f"{branch} {i}"))
+    set_stochastic_depth(encoder, config.drop_path)
     if config.positions == "sincos":
         encoder.pos_embed = fixed_positions(config.width, config.grid)
     return encoder
+
+
+def draw_block(block: nn.Module) -> None:
+    """Draw a block's weights anew, as `build_encoder` does; layer scales become 1."""
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear):
+            # Queries, keys and values count as three matrices.
+            for matrix in module.weight.detach().chunk(3 if name.endswith("qkv") else 1):
+                nn.init.xavier_uniform_(matrix)
+            if module.bias is not None:
+                nn.init.normal_(module.bias, std=1e-6 if "mlp" in name else 0.0)
+        elif isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+        elif isinstance(scale := getattr(module, "gamma", None), nn.Parameter):
+            nn.init.ones_(scale)
+
+
+def set_stochastic_depth(encoder: VisionTransformer, rate: float) -> None:
+    """Give its blocks stochastic depth that rises linearly from 0 to `rate`; none where it is 0."""
+    for i, block in enumerate(encoder.blocks):
+        own = rate * i / max(len(encoder.blocks) - 1, 1)
+        for branch in ("drop_path1", "drop_path2") if own else ():
+            setattr(block, branch, StochasticDepth(own, f"{branch} {i}"))
 
 
 class StochasticDepth(nn.Module):

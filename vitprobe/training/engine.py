@@ -243,7 +243,8 @@ def _compile(blocks: list[Block], device: torch.device) -> str:
     trial = blocks[0]
     width = next(trial.parameters()).shape[0]
     try:
-        tokens = torch.randn(2, 5, width, device=device, requires_grad=True)
+        count = getattr(trial.attn, "tokens", 5)  # of a block that knows its grid
+        tokens = torch.randn(2, count, width, device=device, requires_grad=True)
         torch.compile(trial)(tokens).sum().backward()
     except Exception as error:
         # Whatever a compiler, its linker or its driver raises.

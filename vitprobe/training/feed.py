@@ -129,7 +129,7 @@ class Workers(Feed):
         self.labels = part.labels
         self._part, self._augment, self._seed, self._device = part, augment, seed, device
         self._labels = _label_tensor(part).to(device)
-        self._pool = _Pool(_Cutter(part, augment, seed), workers, pin=device.type == "cuda")
+        self._pool = Pool(_Cutter(part, augment, seed), workers, pin=device.type == "cuda")
         weakref.finalize(self, self._pool.close)
 
     def __len__(self) -> int:
@@ -309,12 +309,18 @@ class _Cutter(Dataset[Any]):
         return tuple(torch.stack(view) for view in zip(*views, strict=True))
 
 
-class _Pool:
-    """Worker processes that outlive an epoch; none of them when `workers` is 0."""
+class Pool:
+    """Worker processes that outlive an epoch; none of them when `workers` is 0.
 
-    def __init__(self, cutter: _Cutter, workers: int, *, pin: bool) -> None:
+    cutter: what a worker makes of a task, (epoch, sample indices): tensors, or a DataError.
+    chunk: samples in a task.
+    """
+
+    def __init__(
+        self, cutter: Dataset[Any], workers: int, *, pin: bool, chunk: int = _CHUNK
+    ) -> None:
         self.workers = workers
-        self._cutter, self._pin = cutter, pin
+        self._cutter, self._pin, self._chunk = cutter, pin, chunk
         self._tasks: list[_Task] = []
         self._loader: DataLoader[Any] | None = None
         self._results: Iterator[Any] = iter(())
@@ -351,7 +357,7 @@ class _Pool:
         if self._loader is None:
             several: dict[str, Any] = {}
             if self.workers:
-                each = 2 + ahead // (_CHUNK * self.workers)
+                each = 2 + ahead // (self._chunk * self.workers)
                 several = {"prefetch_factor": each, "persistent_workers": True}
             self._loader = DataLoader(
                 self._cutter,
@@ -364,10 +370,15 @@ class _Pool:
                 generator=torch.Generator(),
                 **several,
             )
-        with warnings.catch_warnings():
-            # Python warns of forking beside threads; torch's workers do not need their locks.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            self._results = iter(self._loader)
+        # Held back in the workers too, until they know how to outlive it.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            with warnings.catch_warnings():
+                # Python warns of forking beside threads; torch's workers do not need their locks.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                self._results = iter(self._loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     def _next(self) -> tuple[Tensor, ...]:
         try:
@@ -390,3 +401,4 @@ def _outlive_sigterm(_worker: int) -> None:
     The main process then finishes its step and saves; it ends the workers itself.
     """
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -24,15 +24,15 @@ from vitprobe import distributed, provenance
 from vitprobe.data.labelled import Labelled, load_labelled
 from vitprobe.devices import find_device
 from vitprobe.errors import CheckpointError, RecipeError, ResultError
+from vitprobe.loggers import Logger, check_loggers, open_loggers
 from vitprobe.training.encoder import save_encoder
-from vitprobe.training.loggers import Logger, check_loggers, open_loggers
 from vitprobe.training.pictures import save_grid
 from vitprobe.training.recipe import Recipe, load_recipe
 from vitprobe.training.run import Run
 from vitprobe.training.state import load_state, previous, save_state, write_text
 
-_RECIPE, _LOG, _STATE, _ENCODER = "recipe.toml", "log.jsonl", "state.pt", "encoder.safetensors"
-_ABOUT, _SNAPSHOTS, _PICTURES = "run.json", "snapshots", "pictures"
+RECIPE, LOG, STATE, ENCODER = "recipe.toml", "log.jsonl", "state.pt", "encoder.safetensors"
+ABOUT, _SNAPSHOTS, _PICTURES = "run.json", "snapshots", "pictures"
 # What a log line says about the run's progress rather than about what was learned.
 _PROGRESS_KEYS = ("step", "epoch", "lr", "images_per_s", "gradient_norm")
 # Processes have to agree on stopping and saving, which makes them wait for each other.
@@ -103,19 +103,64 @@ def pretrain(
     out = Path(out)
     source = data if data is None or isinstance(data, str | Path) else str(_describe(data))
     resolved = load_recipe(recipe, data=source, overrides=overrides)
-    with ExitStack() as stack:
-        stack.enter_context(_threads(resolved.threads))
-        place = stack.enter_context(distributed.joined(_device(device)))
-        leads = distributed.rank() == 0
-        progress = progress and leads
-        stack.enter_context(torch.random.fork_rng(devices=[place] if place.type == "cuda" else []))
+
+    def make(place: torch.device) -> Run:
         labelled = load_labelled(
             resolved.data if source is None or isinstance(data, str | Path) else data,
             channels=resolved.encoder.channels,
         )
-        run = Run(resolved, labelled, place, workers=_workers(workers), sharded=sharded)
+        return Run(resolved, labelled, place, workers=worker_count(workers), sharded=sharded)
+
+    def finish(run: Run) -> None:
+        tensors = run.engine.encoder_state()
+        if distributed.rank() == 0:
+            save_encoder(tensors, out / ENCODER, _metadata(run, out / LOG))
+
+    train(
+        make,
+        finish,
+        out,
+        threads=resolved.threads,
+        resume=resume,
+        force=force,
+        device=device,
+        loggers=loggers,
+        progress=progress,
+    )
+    return out / ENCODER
+
+
+def train(
+    make: Callable[[torch.device], Run],
+    finish: Callable[[Run], None],
+    out: Path,
+    *,
+    threads: int,
+    resume: bool | None,
+    force: bool,
+    device: str,
+    loggers: Sequence[str] = (),
+    progress: bool = True,
+) -> None:
+    """Train a run in its directory, as `pretrain` does, and raise what it raises.
+
+    Args:
+        make: the run, on the device of this process.
+        finish: makes what the run leaves when it has ended, with all processes still together.
+        threads: of torch on the CPU, 0 for as many as it chooses.
+        resume: None to go on where there is a state, and to start where there is none.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_threads(threads))
+        place = stack.enter_context(distributed.joined(training_device(device)))
+        leads = distributed.rank() == 0
+        progress = progress and leads
+        stack.enter_context(torch.random.fork_rng(devices=[place] if place.type == "cuda" else []))
+        run = make(place)
         stack.callback(run.close)
         check_loggers(loggers)
+        if resume is None:
+            resume = distributed.from_first((out / STATE).exists())
         existed = out.is_dir()
         if existed:
             stack.enter_context(_alone(out))
@@ -126,7 +171,7 @@ def pretrain(
             loggers if leads else (),
             out,
             run_name=out.resolve().name,
-            config=resolved.to_dict(),
+            config=run.recipe.to_dict(),
             resume_step=run.step,
         )
         for sink in sinks:
@@ -135,10 +180,7 @@ def pretrain(
             for note in notes:
                 _say(f"vitprobe: {note}")
         _train(run, out, sinks, progress=progress)
-        tensors = run.engine.encoder_state()
-        if leads:
-            save_encoder(tensors, out / _ENCODER, _metadata(run, out / _LOG))
-    return out / _ENCODER
+        finish(run)
 
 
 def _train(run: Run, out: Path, sinks: Sequence[Logger], *, progress: bool) -> None:
@@ -170,7 +212,7 @@ def _train(run: Run, out: Path, sinks: Sequence[Logger], *, progress: bool) -> N
                 saved = now
             if stop:
                 said = (
-                    f"Stopped at step {run.step} of {run.steps}; {out / _STATE} is saved, "
+                    f"Stopped at step {run.step} of {run.steps}; {out / STATE} is saved, "
                     "resume (--resume) to go on."
                 )
                 raise KeyboardInterrupt(said) if stopped.interrupted else Terminated(said)
@@ -184,11 +226,11 @@ def _log(run: Run, out: Path, sinks: Sequence[Logger], *, quiet: bool) -> None:
     if distributed.rank() > 0:
         return
     try:
-        with (out / _LOG).open("a", encoding="utf-8") as log:
+        with (out / LOG).open("a", encoding="utf-8") as log:
             log.write(json.dumps(line) + "\n")
     except OSError as error:
         raise ResultError(
-            f"Could not write {out / _LOG}: {error.strerror}; {run.saved}, resume to go on."
+            f"Could not write {out / LOG}: {error.strerror}; {run.saved}, resume to go on."
         ) from error
     for sink in sinks:
         sink.write({k: v for k, v in line.items() if k != "step"}, run.step)
@@ -231,7 +273,7 @@ def _snapshot(run: Run, out: Path) -> None:
         folder = out / _SNAPSHOTS
         folder.mkdir(exist_ok=True)
         path = folder / f"epoch_{run.epoch:04d}.safetensors"
-        save_encoder(tensors, path, _metadata(run, out / _LOG))
+        save_encoder(tensors, path, _metadata(run, out / LOG))
 
 
 def _save(run: Run, out: Path) -> None:
@@ -241,12 +283,12 @@ def _save(run: Run, out: Path) -> None:
     run.check()
     state = run.state()
     if distributed.rank() == 0:
-        save_state(out / _STATE, state)
+        save_state(out / STATE, state)
     run.saved = saved
 
 
 def _saved(run: Run, out: Path) -> str:
-    return f"{out / _STATE} holds step {run.step}"
+    return f"{out / STATE} holds step {run.step}"
 
 
 def _agreed(run: Run, *wishes: bool) -> list[bool]:
@@ -265,7 +307,7 @@ def _metadata(run: Run, log: Path) -> dict[str, Any]:
     last = json.loads(_lines(log)[-1]) if run.epoch else {}
     recipe, encoder = run.recipe, run.recipe.encoder
     described = {
-        "architecture": encoder.architecture(run.method.encoder.num_classes),
+        "architecture": run.method.architecture(encoder),
         "mean": list(encoder.mean),
         "std": list(encoder.std),
         "method": recipe.method.name,
@@ -275,8 +317,9 @@ def _metadata(run: Run, log: Path) -> dict[str, Any]:
         "classes": list(run.classes),
         "metrics": {k: v for k, v in last.items() if k not in _PROGRESS_KEYS},
     }
-    if run.method.teacher_sha256 is not None:
-        described["teacher_sha256"] = run.method.teacher_sha256
+    for name in ("init_sha256", "teacher_sha256"):
+        if (digest := getattr(run.method, name)) is not None:
+            described[name] = digest
     return described
 
 
@@ -285,21 +328,21 @@ def _prepare(out: Path, run: Run, *, resume: bool, force: bool) -> list[str]:
     if resume:
         return _resume(out, run)
     if distributed.rank() == 0:
-        _clear(out, force=force)
-        write_text(out / _RECIPE, run.recipe.to_toml())
+        _clear(out, run.leaves, force=force)
+        write_text(out / RECIPE, run.recipe.to_toml())
         data = {"source": run.recipe.data, "path": run.path, "sha256": run.fingerprint}
         about = {
             "provenance": provenance.collect(),
             "execution": asdict(run.engine.execution),
             "data": data,
         }
-        write_text(out / _ABOUT, json.dumps(about, indent=1))
+        write_text(out / ABOUT, json.dumps(about, indent=1))
     distributed.wait()
     _save(run, out)
     return []
 
 
-def _clear(out: Path, *, force: bool) -> None:
+def _clear(out: Path, leaves: Sequence[str], *, force: bool) -> None:
     try:
         if out.exists() and not (out.is_dir() and not any(out.iterdir())) and not force:
             raise ResultError(
@@ -307,9 +350,9 @@ def _clear(out: Path, *, force: bool) -> None:
             )
         out.mkdir(parents=True, exist_ok=True)
         # Only what a run writes is replaced: force must not cost anyone their other files.
-        for path in (out / _STATE, out / _LOG, out / _RECIPE, out / _ENCODER, out / _ABOUT):
-            path.unlink(missing_ok=True)
-        previous(out / _STATE).unlink(missing_ok=True)
+        for name in (STATE, LOG, RECIPE, ABOUT, *leaves):
+            (out / name).unlink(missing_ok=True)
+        previous(out / STATE).unlink(missing_ok=True)
         _sweep(out)
         for folder, pattern in ((_SNAPSHOTS, "*.safetensors"), (_PICTURES, "*.png")):
             for path in (out / folder).glob(f"epoch_{pattern}"):
@@ -321,12 +364,12 @@ def _clear(out: Path, *, force: bool) -> None:
 
 def _sweep(out: Path) -> None:
     """Remove what a process left half-written when it was killed."""
-    for path in out.glob(f".{_STATE}.*.part"):
+    for path in out.glob(f".{STATE}.*.part"):
         path.unlink()
 
 
 def _resume(out: Path, run: Run) -> list[str]:
-    path = out / _STATE
+    path = out / STATE
     state, damage = load_state(path)
     try:
         differences = run.restore(state)
@@ -337,7 +380,7 @@ def _resume(out: Path, run: Run) -> list[str]:
         ) from error
     run.saved = _saved(run, out)
     # Epochs logged after the state was saved will be run, and logged, again.
-    log = out / _LOG
+    log = out / LOG
     kept = [line for line in _lines(log) if _step_of(line) <= run.step]
     if len(kept) < run.epoch:
         raise CheckpointError(
@@ -371,7 +414,7 @@ def _describe(data: Any) -> str:
     return data.source if isinstance(data, Labelled) else "arrays"
 
 
-def _device(name: str) -> torch.device:
+def training_device(name: str) -> torch.device:
     """The device of this process."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -380,7 +423,11 @@ def _device(name: str) -> torch.device:
     return find_device(name)
 
 
-def _workers(asked: int | None) -> int:
+def worker_count(asked: int | None) -> int:
+    """Processes that decode images: as many as asked for, or one a core, at most 16.
+
+    Raises RecipeError for fewer than none.
+    """
     if asked is not None and asked < 0:
         raise RecipeError(f"workers must be at least 0, not {asked}.")
     if asked is not None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from vitprobe.errors import RecipeError, suggest
 from vitprobe.training.augment import AugmentConfig
@@ -20,9 +20,30 @@ from vitprobe.training.methods import METHODS, MethodConfig
 from vitprobe.training.methods.distill import DistillConfig
 from vitprobe.training.optimizer import OptimizerConfig
 
+R = TypeVar("R", bound="Written")
+
+
+class Written:
+    """Base of recipes, which are dataclasses: how one is written down."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested tables of JSON (and TOML) values."""
+        tables: dict[str, Any] = json.loads(json.dumps(asdict(cast(Any, self))))
+        return _without_none(tables)
+
+    def to_toml(self) -> str:
+        """A recipe file that loads as this recipe, with nothing inherited."""
+        scalars, tables = [], []
+        for key, value in self.to_dict().items():
+            if isinstance(value, dict):
+                tables += ["", f"[{key}]", *(f"{k} = {_toml(v)}" for k, v in value.items())]
+            else:
+                scalars.append(f"{key} = {_toml(value)}")
+        return "\n".join([*scalars, *tables, ""])
+
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Written):
     """Everything that decides a training run, and so what a checkpoint remembers of it.
 
     data: a source that vitprobe.data.labelled.load_labelled takes.
@@ -41,7 +62,8 @@ class Recipe:
     threads: of torch on the CPU, 0 for as many as it chooses. Sums depend on it to the last bit, so
         a recipe that must give the same numbers on every machine names it.
     save_every: epochs between training states; one is also saved every `save_minutes`.
-    evaluate_every: epochs between evaluations on the test images.
+    evaluate_every: epochs between evaluations on the test images, which the last epoch ends with;
+        0 for none at all.
     knn: neighbours of the k-NN accuracy that is evaluated where there are labels; 0 for none.
     snapshots: epochs after which the encoder is kept in snapshots/; 0 is the start.
     """
@@ -69,7 +91,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         least = {
-            "epochs": 0, "batch_size": 1, "accumulate": 1, "save_every": 1, "evaluate_every": 1,
+            "epochs": 0, "batch_size": 1, "accumulate": 1, "save_every": 1, "evaluate_every": 0,
             "threads": 0, "knn": 0,
         }  # fmt: skip
         for name, lowest in least.items():
@@ -120,21 +142,6 @@ class Recipe:
             return "with accumulate above 1, a graph would overwrite gradients instead of adding"
         return METHODS[self.method.name].graph_obstacle
 
-    def to_dict(self) -> dict[str, Any]:
-        """Nested tables of JSON (and TOML) values."""
-        tables: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return _without_none(tables)
-
-    def to_toml(self) -> str:
-        """A recipe file that loads as this recipe, with nothing inherited."""
-        scalars, tables = [], []
-        for key, value in self.to_dict().items():
-            if isinstance(value, dict):
-                tables += ["", f"[{key}]", *(f"{k} = {_toml(v)}" for k, v in value.items())]
-            else:
-                scalars.append(f"{key} = {_toml(value)}")
-        return "\n".join([*scalars, *tables, ""])
-
 
 def _without_none(table: dict[str, Any]) -> dict[str, Any]:
     """TOML has no null; a key that is left out is None."""
@@ -165,23 +172,71 @@ def load_recipe(
     A file may hold `inherits = NAME` (a bundled recipe, or a .toml path relative to the file); its
     own keys win, table by table. Raises RecipeError for an unknown, missing or ill-typed key.
     """
-    if isinstance(recipe, Recipe):
-        source, tables = "given", recipe.to_dict()
-    else:
-        source = str(recipe)
-        tables = _read(_locate(source, Path()), ())
     changes = dict(overrides or {})
     if data is not None:
         changes["data"] = str(data)
-    for key, value in changes.items():
+    return read_recipe(Recipe, recipe, _bundle(), changes, _complete)
+
+
+def read_recipe(
+    kind: type[R],
+    recipe: str | Path | R,
+    bundle: Traversable,
+    overrides: Mapping[str, Any],
+    complete: Callable[[dict[str, Any]], None] = lambda tables: None,
+) -> R:
+    """A recipe of a kind, as `load_recipe` reads it.
+
+    bundle: folder of the recipes that have names. complete: fills in tables that leave something
+    out. Raises RecipeError as `load_recipe` does.
+    """
+    if isinstance(recipe, Written):
+        source, tables = "given", recipe.to_dict()
+    else:
+        source = str(recipe)
+        tables = _read(_locate(source, Path(), bundle), (), bundle)
+    for key, value in overrides.items():
         _set(tables, key, value)
-    built: Recipe = _build(Recipe, tables, "", source)
+    complete(tables)
+    built: R = _build(kind, tables, "", source)
     return built
 
 
-def bundled_recipes() -> tuple[str, ...]:
-    """Names of the recipes that come with vitprobe; those that are only inherited are left out."""
-    names = (entry.name for entry in _bundle().iterdir())
+def method_of(recipe: str | Path) -> str:
+    """The name of the method that a recipe trains by; "" where it says none.
+
+    Raises RecipeError where there is no such recipe, or it cannot be read.
+    """
+    method = _read(_locate(str(recipe), Path()), ()).get("method", {})
+    return str(method.get("name", "")) if isinstance(method, Mapping) else ""
+
+
+def filled(saved: Mapping[str, Any], kind: type[Written] = Recipe) -> dict[str, Any]:
+    """A recipe of a kind as an earlier version resolved it, with the defaults of keys that it did
+    not have.
+
+    Raises RecipeError where it is no recipe of this version.
+    """
+    built: Written = _build(kind, saved, "", "of the saved state")
+    return built.to_dict()
+
+
+def _complete(tables: dict[str, Any]) -> None:
+    """Fill in what the method knows of its encoder."""
+    method, encoder = tables.get("method"), tables.get("encoder", {})
+    if isinstance(method, Mapping) and isinstance(encoder, Mapping):
+        kind = METHODS.get(str(method.get("name")))
+        completed = kind.complete(method, encoder) if kind else {}
+        if completed:
+            tables["encoder"] = completed
+
+
+def bundled_recipes(bundle: Traversable | None = None) -> tuple[str, ...]:
+    """Names of the recipes that come with vitprobe; those that are only inherited are left out.
+
+    bundle: their folder; that of the training recipes by default.
+    """
+    names = (entry.name for entry in (bundle or _bundle()).iterdir())
     stems = (name.removesuffix(".toml") for name in names if name.endswith(".toml"))
     return tuple(sorted(stem for stem in stems if not stem.startswith("_")))
 
@@ -190,16 +245,16 @@ def _bundle() -> Traversable:
     return resources.files("vitprobe.training") / "recipes"
 
 
-def _locate(recipe: str, folder: Path) -> Traversable:
+def _locate(recipe: str, folder: Path, bundle: Traversable) -> Traversable:
     """A path to a .toml file relative to `folder`, or the name of a bundled recipe."""
     if recipe.endswith(".toml"):
         path = folder / recipe
         if not path.is_file():
             raise RecipeError(f"No recipe file {path}.")
         return path
-    bundled = _bundle() / f"{recipe}.toml"
+    bundled = bundle / f"{recipe}.toml"
     if not bundled.is_file():
-        known = bundled_recipes()
+        known = bundled_recipes(bundle)
         raise RecipeError(
             f"No recipe {recipe!r}; give a .toml file or one of: {', '.join(known)}."
             f"{suggest(recipe, known)}"
@@ -207,7 +262,7 @@ def _locate(recipe: str, folder: Path) -> Traversable:
     return bundled
 
 
-def _read(file: Traversable, inheritors: tuple[str, ...]) -> dict[str, Any]:
+def _read(file: Traversable, inheritors: tuple[str, ...], bundle: Traversable) -> dict[str, Any]:
     file = file.resolve() if isinstance(file, Path) else file
     if str(file) in inheritors:
         raise RecipeError(f"Recipe {file} inherits itself.")
@@ -220,7 +275,8 @@ def _read(file: Traversable, inheritors: tuple[str, ...]) -> dict[str, Any]:
         return own
     if not isinstance(parent, str):
         raise RecipeError(f"Recipe {file}: inherits must be a string, not {parent!r}.")
-    inherited = _read(_locate(parent, Path(str(file)).parent), (*inheritors, str(file)))
+    found = _locate(parent, Path(str(file)).parent, bundle)
+    inherited = _read(found, (*inheritors, str(file)), bundle)
     return _merge(inherited, own)
 
 

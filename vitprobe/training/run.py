@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from vitprobe import distributed
 from vitprobe.data.labelled import Arrays, Files, Labelled
+from vitprobe.data.parts import Part
 from vitprobe.errors import RecipeError
 from vitprobe.evaluation.knn import knn_accuracy
 from vitprobe.training.augment import Augment
@@ -24,7 +25,7 @@ from vitprobe.training.methods import METHODS, Batch, Method, Moment
 from vitprobe.training.methods.distill import Distilled, load_teacher
 from vitprobe.training.optimizer import build_optimizer
 from vitprobe.training.randomness import epoch_order
-from vitprobe.training.recipe import Recipe
+from vitprobe.training.recipe import Recipe, filled
 from vitprobe.training.schedule import cosine, warmup_cosine
 
 # The bank of the online k-NN: enough to follow a run by, little enough to take seconds.
@@ -39,8 +40,14 @@ class Run:
     workers: processes that decode images, where they do not live on the device.
     sharded: see `Engine`.
 
+    A subclass trains something else by overriding `_method`, `_feeds`, `_check`, `_fingerprint` and
+    `evaluate`.
+
     Raises RecipeError for a recipe that these data or processes cannot follow.
     """
+
+    leaves = ("encoder.safetensors",)
+    """Files in its folder that are made when it has ended."""
 
     def __init__(
         self,
@@ -56,26 +63,15 @@ class Run:
         self.step = 0
         self.saved = "no state was saved"
         self.classes = data.classes
-        self.fingerprint = _fingerprint(data)
+        self.fingerprint = self._fingerprint(data)
         self.steps_per_epoch = len(data.train) // recipe.batch_size
         self.steps = recipe.epochs * self.steps_per_epoch
         self._check(data)
-        self.method = build_method(recipe, len(data.classes)).to(device).train()
+        self.method = self._method(data).to(device).train()
         self.engine = Engine(self.method, recipe, device, sharded=sharded)
         # After the engine, which in a sharded run replaces the parameters by their shards.
         self.optimizer = build_optimizer(self.method, recipe.optimizer, recipe.encoder.depth)
-        encoder = recipe.encoder
-        augment = Augment(
-            recipe.augmentations, size=encoder.image_size, mean=encoder.mean, std=encoder.std
-        )
-        self._train = make_feed(
-            data.train, augment, seed=recipe.seed, device=device, workers=workers
-        )
-        self._test: Feed | None = None
-        if data.test is not None:
-            self._test = make_feed(
-                data.test, augment, seed=recipe.seed, device=device, workers=workers
-            )
+        self._train, self._test = self._feeds(data, workers)
         self._batches: Iterator[Batch] | None = None
         self._names: list[str] = []
         self._sums = torch.zeros(0, device=device)
@@ -84,18 +80,26 @@ class Run:
         self._fault = torch.full((1,), -1.0, dtype=torch.float64, device=device)
         self._clock, self._clock_step = 0.0, -1
 
+    def _method(self, data: Labelled) -> Method:
+        return build_method(self.recipe, len(data.classes))
+
+    def _feeds(self, data: Labelled, workers: int) -> tuple[Feed, Feed | None]:
+        recipe, encoder = self.recipe, self.recipe.encoder
+        augment = Augment(
+            recipe.augmentations, size=encoder.image_size, mean=encoder.mean, std=encoder.std
+        )
+
+        def feed(part: Part) -> Feed:
+            return make_feed(part, augment, seed=recipe.seed, device=self.device, workers=workers)
+
+        return feed(data.train), None if data.test is None else feed(data.test)
+
+    def _fingerprint(self, data: Labelled) -> str:
+        return fingerprint(data)
+
     def _check(self, data: Labelled) -> None:
+        self._check_batch(data)
         recipe, processes = self.recipe, distributed.world_size()
-        if self.steps_per_epoch == 0:
-            raise RecipeError(
-                f"batch_size {recipe.batch_size} is more than the {len(data.train)} training "
-                f"images of {recipe.data!r}; lower it."
-            )
-        if recipe.batch_size % (processes * recipe.accumulate):
-            raise RecipeError(
-                f"batch_size {recipe.batch_size} must be a multiple of {processes} processes x "
-                f"accumulate {recipe.accumulate}."
-            )
         least = METHODS[recipe.method.name].least_batch
         if recipe.batch_size < least:
             raise RecipeError(
@@ -112,6 +116,19 @@ class Run:
             raise RecipeError(
                 f"{recipe.method.name} needs labels, and {recipe.data!r} has none; give a folder "
                 "with one folder a class."
+            )
+
+    def _check_batch(self, data: Labelled) -> None:
+        recipe, processes = self.recipe, distributed.world_size()
+        if self.steps_per_epoch == 0:
+            raise RecipeError(
+                f"batch_size {recipe.batch_size} is more than the {len(data.train)} training "
+                f"images of {recipe.data!r}; lower it."
+            )
+        if recipe.batch_size % (processes * recipe.accumulate):
+            raise RecipeError(
+                f"batch_size {recipe.batch_size} must be a multiple of {processes} processes x "
+                f"accumulate {recipe.accumulate}."
             )
 
     @property
@@ -185,17 +202,22 @@ class Run:
             group["weight_decay"] = decay if group["decayed"] else 0.0
 
     def _clip(self) -> Tensor:
-        """Scale each parameter's gradient down to the recipe's norm; of all, the norm before."""
+        """Scale gradients down to the recipe's norms; returns that of all of them before."""
         gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
         norms = [
             norm.full_tensor() if isinstance(norm, DTensor) else norm
             for norm in torch._foreach_norm(gradients)
         ]
-        if self.recipe.optimizer.clip:
-            factors = [(self.recipe.optimizer.clip / (norm + 1e-6)).clamp(max=1) for norm in norms]
+        config, total = self.recipe.optimizer, torch.stack(norms).norm()
+        if config.clip:
+            factors = [(config.clip / (norm + 1e-6)).clamp(max=1) for norm in norms]
             for gradient, factor in zip(gradients, factors, strict=True):
                 gradient.mul_(factor)
-        return torch.stack(norms).norm()
+        if config.clip_total:
+            factor = (config.clip_total / (total + 1e-6)).clamp(max=1)
+            for gradient in gradients:
+                gradient.mul_(factor)
+        return total
 
     def _record(self, terms: Mapping[str, Tensor]) -> None:
         """Add to the epoch's sums, and have the optimiser skip an update that is not finite.
@@ -259,7 +281,8 @@ class Run:
     @property
     def evaluation_is_due(self) -> bool:
         """Whether the epoch just completed is one to evaluate after."""
-        return self.epoch % self.recipe.evaluate_every == 0 or self.step == self.steps
+        every = self.recipe.evaluate_every
+        return bool(every) and (self.epoch % every == 0 or self.step == self.steps)
 
     def evaluate(self) -> dict[str, float]:
         """The method's own scores on the test images, and the k-NN accuracy of its features.
@@ -306,7 +329,8 @@ class Run:
 
         Raises RecipeError when that run followed another recipe or had other data.
         """
-        differing = _differences(_decisive(state["recipe"]), _decisive(self.recipe.to_dict()))
+        saved = _decisive(filled(state["recipe"], type(self.recipe)))
+        differing = differences(saved, _decisive(self.recipe.to_dict()))
         if differing:
             raise RecipeError(
                 f"This run was started with another recipe ({'; '.join(differing)}); "
@@ -361,7 +385,7 @@ def _features(method: Method, feed: Feed, indices: Tensor | None) -> tuple[Tenso
     return torch.cat(features), torch.cat(labels)
 
 
-def _fingerprint(data: Labelled) -> str:
+def fingerprint(data: Labelled) -> str:
     """A hash of the training images, or of their names where they are files, and of the labels."""
     digest = hashlib.sha256(f"{len(data.train)}".encode())
     part: Arrays | Files = data.train
@@ -378,13 +402,13 @@ def _decisive(recipe: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in recipe.items() if key not in _BOOKKEEPING}
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """ "key: old → new" for every leaf that differs."""
     found = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found += _differences(before, after, f"{prefix}{key}.")
+            found += differences(before, after, f"{prefix}{key}.")
         elif before != after:
             found.append(f"{prefix}{key} was {before!r}, now {after!r}")
     return found

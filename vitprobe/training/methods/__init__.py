@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vitprobe.training.methods.base import Batch, Method, MethodConfig, Moment
 from vitprobe.training.methods.dino import DINO
+from vitprobe.training.methods.finetune import Finetune
 from vitprobe.training.methods.mae import MAE
 from vitprobe.training.methods.moco_v3 import MoCoV3
 from vitprobe.training.methods.supervised import Supervised
@@ -13,6 +14,7 @@ METHODS: dict[str, type[Method]] = {
     "moco_v3": MoCoV3,
     "dino": DINO,
     "supervised": Supervised,
+    "finetune": Finetune,
 }
 
 __all__ = ["METHODS", "Batch", "Method", "MethodConfig", "Moment"]

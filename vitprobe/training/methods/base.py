@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -94,6 +94,24 @@ class Method(nn.Module, ABC):
                 f"The method trains on one view of each image at encoder.image_size "
                 f"{encoder.image_size}, not on views of sizes {list(sizes)}; leave out views."
             )
+
+    @classmethod
+    def complete(cls, method: Mapping[str, Any], encoder: Mapping[str, Any]) -> dict[str, Any]:
+        """A recipe's table [encoder], with what the method knows of its own: nothing, unless it
+        starts from a checkpoint.
+
+        method, encoder: the two tables as the recipe has them.
+        """
+        return dict(encoder)
+
+    def architecture(self, encoder: EncoderConfig) -> dict[str, Any]:
+        """Of the encoder that is left behind, as its checkpoint states it."""
+        return encoder.architecture(self.encoder.num_classes)
+
+    @property
+    def init_sha256(self) -> str | None:
+        """Of the checkpoint file that training starts from; None where there is none."""
+        return None
 
     @property
     def teacher_sha256(self) -> str | None:

@@ -250,6 +250,15 @@ class Distilled(Method):
             self.teacher.sha256 = digest.hexdigest()
         return self.teacher.sha256
 
+    @property
+    def init_sha256(self) -> str | None:
+        """As the method's own."""
+        return self.inner.init_sha256
+
+    def architecture(self, encoder: EncoderConfig) -> dict[str, Any]:
+        """As the method's own."""
+        return self.inner.architecture(encoder)
+
     def heard_modules(self) -> set[nn.Module]:
         """The distilled attention, and the blocks beside distilled states: compiled or run twice,
         they could not be heard."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from vitprobe.errors import RecipeError
@@ -52,7 +53,11 @@ class Supervised(Method):
     def __init__(self, config: SupervisedConfig, encoder: EncoderConfig, classes: int) -> None:
         super().__init__(config, encoder, classes)
         self.classes = classes
-        self.encoder = build_encoder(encoder, num_classes=classes)
+        self.encoder = self.make_encoder(encoder)
+
+    def make_encoder(self, encoder: EncoderConfig) -> VisionTransformer:
+        """The encoder to train, with a head for `self.classes`."""
+        return build_encoder(encoder, num_classes=self.classes)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy in nats; logs the accuracy against the labels before they were mixed."""

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vitprobe.errors import RecipeError
-from vitprobe.training.loggers import Line, Logger, open_loggers
+from vitprobe.errors import LoggerError
+from vitprobe.loggers import Line, Logger, open_loggers
 
 RECIPE = {"method": {"name": "mae"}, "epochs": 3}
 
@@ -168,11 +168,9 @@ def test_a_service_that_is_down_at_the_start_is_told_and_the_others_are_closed(
         def _close(self) -> None:
             closed.append(True)
 
-    monkeypatch.setitem(
-        sys.modules["vitprobe.training.loggers"].LOGGERS, "tensorboard", lambda *_: Other()
-    )
+    monkeypatch.setitem(sys.modules["vitprobe.loggers"].LOGGERS, "tensorboard", lambda *_: Other())
     service.down = RuntimeError("no API key configured")
-    with pytest.raises(RecipeError, match=r"'wandb' cannot be opened \(RuntimeError: no API key"):
+    with pytest.raises(LoggerError, match=r"'wandb' cannot be opened \(RuntimeError: no API key"):
         open_loggers(["tensorboard", "wandb"], tmp_path, run_name="run", config={})
     assert closed == [True]
 
@@ -199,11 +197,11 @@ def test_a_missing_package_is_named_with_its_extra(
 ) -> None:
     for module in ("tensorboard", "torch.utils.tensorboard", "wandb"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(RecipeError, match=rf"'{name}' needs .* pip install -e '.\[logging\]'"):
+    with pytest.raises(LoggerError, match=rf"'{name}' needs .* pip install -e '.\[logging\]'"):
         opened(name, tmp_path)
 
 
 def test_an_unknown_logger_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"'tensorbord', but .* Did you mean 'tensorboard'?"):
+    with pytest.raises(LoggerError, match=r"'tensorbord', but .* Did you mean 'tensorboard'?"):
         open_loggers(["tensorbord"], tmp_path, run_name="run", config={})
     assert open_loggers([], tmp_path, run_name="run", config={}) == []

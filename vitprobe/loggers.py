@@ -1,4 +1,4 @@
-"""Places that show a run while it trains, beside its own log: TensorBoard, Weights & Biases."""
+"""Places that show a training run or a report, beside its files: TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vitprobe.errors import RecipeError, suggest
+from vitprobe.errors import LoggerError, suggest
 from vitprobe.files import replacing
 
 Line = Mapping[str, float | int]
 
 
 class Logger(ABC):
-    """One such place. Once open it never stops the training: the first failure is warned of, and
+    """One such place. Once open it never stops the work: the first failure is warned of, and
     from then on nothing more is sent there."""
 
     name: str
@@ -35,9 +35,9 @@ class Logger(ABC):
         """Send the numbers of a line of the log, after `step` updates."""
         self._attempt(lambda: self._write(line, step))
 
-    def picture(self, path: Path, step: int) -> None:
-        """Send an image file."""
-        self._attempt(lambda: self._picture(path, step))
+    def picture(self, path: Path, step: int, name: str = "pictures") -> None:
+        """Send an image file, under a name."""
+        self._attempt(lambda: self._picture(path, step, name))
 
     def close(self) -> None:
         """Send what is still waiting."""
@@ -60,7 +60,7 @@ class Logger(ABC):
     def _write(self, line: Line, step: int) -> None: ...
 
     @abstractmethod
-    def _picture(self, path: Path, step: int) -> None: ...
+    def _picture(self, path: Path, step: int, name: str) -> None: ...
 
     @abstractmethod
     def _close(self) -> None: ...
@@ -72,15 +72,20 @@ class _TensorBoard(Logger):
     name = "TensorBoard"
 
     def __init__(
-        self, out: Path, run_name: str, config: Mapping[str, Any], resume_step: int
+        self,
+        out: Path,
+        run_name: str,
+        config: Mapping[str, Any],
+        resume_step: int,
+        step_name: str,
     ) -> None:
         super().__init__()
         from torch.utils.tensorboard import SummaryWriter
 
         # Of what an interrupted run wrote, the steps that will be run again are hidden.
         self._writer: Any = SummaryWriter(str(out / "tensorboard"), purge_step=resume_step + 1)
-        recipe = "\n".join(f"    {line}" for line in json.dumps(config, indent=2).splitlines())
-        self._writer.add_text("recipe", f"{run_name}\n\n{recipe}", resume_step)
+        text = "\n".join(f"    {line}" for line in json.dumps(config, indent=2).splitlines())
+        self._writer.add_text("config", f"{run_name}\n\n{text}", resume_step)
 
     def _write(self, line: Line, step: int) -> None:
         for name, value in line.items():
@@ -88,10 +93,10 @@ class _TensorBoard(Logger):
                 self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def _picture(self, path: Path, step: int) -> None:
+    def _picture(self, path: Path, step: int, name: str) -> None:
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))
-        self._writer.add_image("pictures", pixels, step, dataformats="HWC")
+        self._writer.add_image(name, pixels, step, dataformats="HWC")
         self._writer.flush()
 
     def _close(self) -> None:
@@ -104,7 +109,12 @@ class _WandB(Logger):
     name = "Weights & Biases"
 
     def __init__(
-        self, out: Path, run_name: str, config: Mapping[str, Any], resume_step: int
+        self,
+        out: Path,
+        run_name: str,
+        config: Mapping[str, Any],
+        resume_step: int,
+        step_name: str,
     ) -> None:
         super().__init__()
         import wandb
@@ -122,34 +132,35 @@ class _WandB(Logger):
         )
         # Its own count of steps only ever grows, and what a resumed run says of a step that was
         # seen before would be thrown away.
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
+        self._step = step_name
+        self._run.define_metric(step_name)
+        self._run.define_metric("*", step_metric=step_name)
 
     def _write(self, line: Line, step: int) -> None:
-        self._run.log({**line, "step": step})
+        self._run.log({**line, self._step: step})
 
-    def _picture(self, path: Path, step: int) -> None:
-        self._run.log({"pictures": self._image(str(path)), "step": step})
+    def _picture(self, path: Path, step: int, name: str) -> None:
+        self._run.log({name: self._image(str(path)), self._step: step})
 
     def _close(self) -> None:
         self._run.finish()
 
 
-LOGGERS: dict[str, Callable[[Path, str, Mapping[str, Any], int], Logger]] = {
+LOGGERS: dict[str, Callable[[Path, str, Mapping[str, Any], int, str], Logger]] = {
     "tensorboard": _TensorBoard,
     "wandb": _WandB,
 }
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Raise RecipeError for an unknown name and for a package that is not installed."""
+    """Raise LoggerError for an unknown name and for a package that is not installed."""
     for name in names:
         if name not in LOGGERS:
-            raise RecipeError(
+            raise LoggerError(
                 f"There is no logger '{name}', but {' and '.join(LOGGERS)}.{suggest(name, LOGGERS)}"
             )
         if not (sys.modules[name] if name in sys.modules else find_spec(name)):
-            raise RecipeError(
+            raise LoggerError(
                 f"The logger '{name}' needs a package that is not installed; install it with pip "
                 "install -e '.[logging]', or leave that logger out."
             )
@@ -162,29 +173,31 @@ def open_loggers(
     run_name: str,
     config: Mapping[str, Any],
     resume_step: int = 0,
+    step_name: str = "step",
 ) -> list[Logger]:
-    """Open the loggers of these names ("tensorboard", "wandb") for the run in the folder `out`.
+    """Open the loggers of these names ("tensorboard", "wandb") for what is in the folder `out`.
 
-    config: the resolved recipe, as JSON-able values.
+    config: what made it, such as the resolved recipe, as JSON-able values.
     resume_step: updates that a resumed run has behind it; what was logged beyond is replaced.
+    step_name: what steps count, for services that name their axes.
 
-    Raises RecipeError for an unknown name, a package that is not installed, and a service that
+    Raises LoggerError for an unknown name, a package that is not installed, and a service that
     cannot be reached at the start.
     """
     opened: list[Logger] = []
     check_loggers(names)
     for name in names:
         try:
-            opened.append(LOGGERS[name](out, run_name, config, resume_step))
+            opened.append(LOGGERS[name](out, run_name, config, resume_step, step_name))
         except ImportError as error:
             _close(opened)
-            raise RecipeError(
+            raise LoggerError(
                 f"The logger '{name}' needs a package that is not installed ({_reason(error)}); "
                 "install it with pip install -e '.[logging]', or leave that logger out."
             ) from error
         except Exception as error:  # whatever a service raises, the user learns which it was
             _close(opened)
-            raise RecipeError(
+            raise LoggerError(
                 f"The logger '{name}' cannot be opened ({_reason(error)}); mend that, or leave it "
                 "out."
             ) from error

@@ -1,0 +1,90 @@
+"""Tables of the study's README: accuracy of every system, and where every number comes from."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+import vitprobe as vp
+from analyses.fashion.reading import VARIANTS, Study
+from analyses.fashion.study import NAMES, RANDOM, SYSTEMS
+from analyses.sections import table
+from vitprobe.statistics import t_interval
+
+PROTOCOLS: Final = (
+    ("knn", 1.0, "k-NN"),
+    ("linear", 1.0, "linear"),
+    ("finetune", 1.0, "fine-tuned"),
+    ("finetune", 0.1, "10 % of labels"),
+    ("finetune", 0.01, "1 % of labels"),
+)
+
+
+def made_by(study: Study) -> str:
+    """Which schedule, images and version made the results."""
+    plan, about = study.schedule, study.systems.provenance
+    return (
+        f"Schedule `{plan['name']}` ({plan['images']:,} training images, {plan['epochs']} epochs); "
+        f"similarity and attention on {about['images']['count']:,} test images; "
+        f"vitprobe {about['versions']['vitprobe']}, commit {about['commit']}."
+    )
+
+
+def accuracies(study: Study) -> str:
+    """Top-1 accuracy in % over seeds, and of the variants of distillation."""
+    names = {method: study.seeds(method) for method in study.methods if method != "MAE fine-tuned"}
+    names |= {name: (name,) for name in VARIANTS if name != "D-MAE 0"}
+    rows = []
+    for method, models in names.items():
+        cells = [
+            _mean(study.accuracy(models, protocol, labels=labels).to_numpy())
+            for protocol, labels, _ in PROTOCOLS
+        ]
+        if any(cell != "–" for cell in cells):
+            rows.append((method, str(len(models)), *cells))
+    return table(("system", "seeds", *(label for *_, label in PROTOCOLS)), rows)
+
+
+def _mean(values: np.ndarray) -> str:
+    if not len(values):
+        return "–"
+    mean, low, high = (float(one) for one in t_interval(values)[:3])
+    return f"{mean:.1f}" + ("" if np.isnan(low) else f" [{low:.1f}, {high:.1f}]")
+
+
+def runs(study: Study) -> str:
+    """Recipe, seed, epochs, schedule and checkpoint hash of every model in the results."""
+    results = {
+        "systems": study.systems,
+        "distillation": study.distillation,
+        "training": study.training,
+    }
+    rows = [_run(file, result, name) for file, result in results.items() for name in result.models]
+    header = ("model", "result", "recipe", "seed", "epochs", "schedule", "sha256 of the checkpoint")
+    return table(header, rows)
+
+
+def _run(file: str, result: vp.Comparison, name: str) -> tuple[str, ...]:
+    described = result.describe(name)
+    training = described.get("training") or {}
+    schedule = result.provenance["schedule"]["name"]
+    return (
+        name,
+        f"`{file}.nc`",
+        f"`{recipe_of(name)}`",
+        str(training.get("seed", "–")),
+        str(training.get("epochs", "–")),
+        schedule,
+        f"`{described['sha256']}`",
+    )
+
+
+def recipe_of(name: str) -> str:
+    """The recipe of a model, by the method that its name begins with."""
+    if name.startswith("MAE fine-tuned"):
+        return "fashion_finetune"
+    if name.lower().startswith(RANDOM):
+        return SYSTEMS["mae"]
+    methods = {method: SYSTEMS[system] for system, method in NAMES.items()}
+    return methods[name.partition(",")[0] if "," in name else name.rsplit(" ", 1)[0]]

@@ -1,0 +1,1 @@
+"""A walk-through: comparing checkpoints of one's own on one's own photographs."""

@@ -1,0 +1,83 @@
+"""F5: which layers matter: the first blocks kept, and probes by depth."""
+
+from __future__ import annotations
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analyses.fashion.reading import Study
+from figures.common import LAYERS, grid, layered, legend, letters, line, look, plural, setting
+from vitprobe.plots.style import GRID
+
+TUNED = ("MoCo-v3", "MAE", "D-MAE")
+PROBED = ("Random", "Supervised", "MoCo-v3", "DINO", "MAE", "D-MAE", "Teacher")
+KEPT = (0, 3, 6, 9, 12)
+SHARES = ((1.0, "all labels"), (0.01, "1 % of them"))
+
+
+def kept_curves(study: Study, method: str, labels: float) -> list[tuple[int, list[float]]]:
+    """Accuracies of the seeds by number of pre-trained blocks kept, of those that were run."""
+    found = []
+    for kept in KEPT:
+        known = study.accuracy(
+            study.seeds(method), "finetune", labels=labels, kept=None if kept == 12 else kept
+        )
+        if len(known):
+            found.append((kept, list(known)))
+    return found
+
+
+def draw(study: Study) -> Figure:
+    figure, axes = grid(2, 2, 3.7)
+    for ax, (labels, _) in zip(axes[0], SHARES, strict=True):
+        for method in TUNED:
+            _kept(ax, kept_curves(study, method, labels), method)
+        ax.set_xticks(KEPT)
+        ax.set_xlim(-0.8, 12.8)
+        ax.set_xlabel("Pre-trained blocks kept")
+        ax.grid(axis="y", color=GRID, linewidth=0.5)
+        ax.tick_params(axis="x", length=0)
+    shown = list(TUNED)
+    for ax, protocol in zip(axes[1], ("knn", "linear"), strict=True):
+        for method in PROBED:
+            values = study.by_layer(f"{method} 0", protocol)
+            if len(values):
+                line(ax, values.index.to_numpy(int), [values.to_numpy()], look(method))
+                shown.append(method)
+        layered(ax, LAYERS, "Layer")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("Accuracy (%)")
+    titles = ("Fine-tuned, all labels", "Fine-tuned, 1 %", "k-NN by depth", "Linear by depth")
+    letters(axes.flat, titles)
+    legend(figure, {name: look(name) for name in PROBED if name in shown}, 4)
+    return figure
+
+
+def _kept(ax: Axes, curve: list[tuple[int, list[float]]], method: str) -> None:
+    style = look(method)
+    # Seeds that were run for all blocks alone are dots; the line is of seed 0, which has them all.
+    ax.plot([kept for kept, _ in curve], [values[0] for _, values in curve], **style)
+    for kept, values in curve:
+        ax.plot([kept] * len(values), values, ls="", ms=2, mew=0, color=style["color"], marker="o")
+
+
+def caption(study: Study) -> str:
+    wide = study.scores
+    wide = wide[(wide["protocol"] == "finetune") & (wide["metric"] == "top1")]
+    margin = 50 * (wide["high"] - wide["low"]).max()
+    missing = [
+        f"{method} at {text}"
+        for labels, text in SHARES
+        for method in TUNED
+        if len(kept_curves(study, method, labels)) < len(KEPT)
+    ]
+    gaps = f" Not run at every number of blocks: {', '.join(missing)}." if missing else ""
+    updates = study.schedule["finetune_updates"]
+    return (
+        "Which layers matter. (a, b) Accuracy after fine-tuning where only the first blocks keep "
+        "their pre-trained weights and the others start anew; lines are seed 0, dots any other "
+        f"seeds. {plural(updates, 'update')} of fine-tuning.{gaps} (c, d) Accuracy of weighted "
+        "k-NN (k = 20) and of a linear classifier on the mean of the patch tokens of each layer. "
+        "One seed: no interval over seeds; over the 10,000 test images the interval of a "
+        f"fine-tuned accuracy reaches at most {margin:.1f} points to either side. {setting(study)}"
+    )
