@@ -45,7 +45,7 @@ def evaluate(
 
     Args:
         protocol: `head` (the model's own classification head), `knn`, `linear`, `frozen` (these two
-            from one forward pass); see `PROTOCOLS`.
+            from one forward pass), `finetune`, `transfer`, `layers`; see `PROTOCOLS`.
         model: from `load` or `wrap`, or a spec for `load`.
         data: labelled images, whatever `vitprobe.data.labelled.load_labelled` takes.
         out: folder to make, with scores.json; None to keep nothing on disk.
@@ -69,11 +69,13 @@ def evaluate(
     if resume and not chosen.keeps:
         raise VitprobeError(f"{protocol} keeps nothing to go on with; run it again with force")
     folder = None if out is None else Path(out)
-    if folder is not None:
+    # Of the processes that torchrun started, which train together, one keeps what is found.
+    leads = os.environ.get("RANK", "0") == "0"
+    if folder is not None and leads:
         check_folder(folder, chosen.keeps, force=force, resume=resume)
     subject = model if isinstance(model, Model) else load(model, name=name)
     found = chosen.read(data)
-    if folder is not None and chosen.keeps:
+    if folder is not None and chosen.keeps and leads:
         _prepare(folder, chosen.keeps, resume=resume)
     rows = chosen.run(subject, found, folder if chosen.keeps else None)
     about = {
@@ -83,7 +85,7 @@ def evaluate(
         "options": asdict(chosen),
     }
     scores = Scores(rows, [about])
-    if folder is not None:
+    if folder is not None and leads:
         _make(folder)
         scores.save(folder / FILE)
     return scores
