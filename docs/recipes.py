@@ -5,10 +5,15 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from vitprobe.training.recipe import load_recipe
+from vitprobe.training.recipe import load_recipe, method_of
 
 PAGE = Path(__file__).with_suffix(".md")
 FIELDS = ("Source", "Command", "Expected")
+# Recipes that fine-tune have the encoder of a checkpoint, which is not shown.
+ANY_CHECKPOINT = {
+    "method.init": "SPEC",
+    "encoder": load_recipe("mae_tiny").to_dict()["encoder"],
+}
 
 OPENING = """# The recipes
 
@@ -49,11 +54,13 @@ def page() -> str:
 
 
 def _row(name: str) -> str:
-    recipe = load_recipe(name)
+    tuned = method_of(name) == "finetune"
+    recipe = load_recipe(name, overrides=ANY_CHECKPOINT if tuned else {})
     one = recipe.encoder
     method = recipe.method.name + (", distilled" if recipe.distill else "")
     shape = f"width {one.width}, depth {one.depth}, {one.heads} heads"
     shape += f", patch {one.patch_size} at {one.image_size} px"
+    shape = "the checkpoint's" if tuned else shape
     return f"| [`{name}`](#{name}) | {method} | {shape} | {recipe.epochs} | {recipe.batch_size} |\n"
 
 

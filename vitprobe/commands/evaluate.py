@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -42,7 +43,8 @@ class EvaluateCommand:
     def run(self) -> str:
         name, spec = named(self.spec)
         parse_spec(spec)  # a slip in a spec is told before torch is imported
-        if not getattr(self, "resume", False):
+        # Of the processes that torchrun started, the first makes the folder that the others see.
+        if not getattr(self, "resume", False) and os.environ.get("RANK", "0") == "0":
             check_output(self.out, self.force)
 
         from vitprobe.evaluation.evaluate import evaluate

@@ -47,7 +47,7 @@ def evaluate(
 
     Args:
         protocol: `head` (the model's own classification head), `knn`, `linear`, `frozen` (these two
-            from one forward pass); see `PROTOCOLS`.
+            from one forward pass), `finetune`, `transfer`, `layers`; see `PROTOCOLS`.
         model: from `load` or `wrap`, or a spec for `load`.
         data: labelled images, whatever `vitprobe.data.labelled.load_labelled` takes.
         out: folder to make, with scores.json; None to keep nothing on disk.
@@ -70,6 +70,7 @@ def evaluate(
     chosen = find_protocol(protocol)(**_checked(protocol, options))
     if resume and not chosen.keeps:
         raise VitprobeError(f"{protocol} keeps nothing to go on with; run it again with force")
+    # Of the processes that torchrun started, which train together, one keeps what is found.
     folder, leads = None if out is None else Path(out), distributed.leads()
     if folder is not None and leads:
         check_folder(folder, chosen.keeps, force=force, resume=resume)
