@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from importlib import resources
+import tomllib
 from pathlib import Path
+from typing import Any
 
-from vitprobe.training.recipe import load_recipe, method_of
-
+FOLDER = Path(__file__).parents[1] / "vitprobe" / "training" / "recipes"
 PAGE = Path(__file__).with_suffix(".md")
 FIELDS = ("Source", "Command", "Expected")
-# Recipes that fine-tune have the encoder of a checkpoint, which is not shown.
-ANY_CHECKPOINT = {
-    "method.init": "SPEC",
-    "encoder": load_recipe("mae_tiny").to_dict()["encoder"],
-}
 
 OPENING = """# The recipes
 
@@ -43,9 +38,21 @@ supervised training, its logits. What a run leaves is an ordinary checkpoint: `r
 
 def names() -> list[str]:
     """The bundled recipes, without those that others inherit alone."""
-    folder = resources.files("vitprobe.training").joinpath("recipes")
-    found = (Path(file.name) for file in folder.iterdir())
-    return sorted(p.stem for p in found if p.suffix == ".toml" and not p.stem.startswith("_"))
+    return sorted(p.stem for p in FOLDER.glob("*.toml") if not p.stem.startswith("_"))
+
+
+def tables(name: str) -> dict[str, Any]:
+    """A recipe with what it inherits."""
+    own = tomllib.loads(_text(name))
+    parent = tables(own.pop("inherits")) if "inherits" in own else {}
+    for key, value in own.items():
+        both = isinstance(value, dict) and isinstance(parent.get(key), dict)
+        parent[key] = {**parent[key], **value} if both else value
+    return parent
+
+
+def _text(name: str) -> str:
+    return (FOLDER / f"{name}.toml").read_text(encoding="utf-8")
 
 
 def page() -> str:
@@ -54,20 +61,18 @@ def page() -> str:
 
 
 def _row(name: str) -> str:
-    tuned = method_of(name) == "finetune"
-    recipe = load_recipe(name, overrides=ANY_CHECKPOINT if tuned else {})
-    one = recipe.encoder
-    method = recipe.method.name + (", distilled" if recipe.distill else "")
-    shape = f"width {one.width}, depth {one.depth}, {one.heads} heads"
-    shape += f", patch {one.patch_size} at {one.image_size} px"
-    shape = "the checkpoint's" if tuned else shape
-    return f"| [`{name}`](#{name}) | {method} | {shape} | {recipe.epochs} | {recipe.batch_size} |\n"
+    recipe = tables(name)
+    method = recipe["method"]["name"] + (", distilled" if "distill" in recipe else "")
+    shape = "its checkpoint's"
+    if "width" in (one := recipe.get("encoder", {})):
+        shape = f"width {one['width']}, depth {one['depth']}, {one['heads']} heads"
+        shape += f", patch {one['patch_size']} at {one['image_size']} px"
+    counts = f"{recipe['epochs']} | {recipe['batch_size']}"
+    return f"| [`{name}`](#{name}) | {method} | {shape} | {counts} |\n"
 
 
 def _entry(name: str) -> str:
-    folder = resources.files("vitprobe.training").joinpath("recipes")
-    text = folder.joinpath(f"{name}.toml").read_text(encoding="utf-8")
-    title, facts = _opening(text)
+    title, facts = _opening(_text(name))
     body = "".join(
         f"\n```sh\n{fact}\n```\n" if key == "Command" else f"\n- **{key}**: {_plain(fact)}\n"
         for key, fact in facts.items()

@@ -9,6 +9,7 @@ import pytest
 from plots.synthetic import Subject, comparison
 
 from vitprobe.errors import ResultError
+from vitprobe.scores import Score, Scores
 
 
 def of_depths(a: int, b: int, block: np.ndarray, **more):
@@ -72,7 +73,15 @@ def test_the_summary_is_json_and_says_what_the_result_says():
     assert rows["rankme", "B"]["layers"] == [0, 1, 2]
     (difference,) = told["differences"]
     assert (difference["measure"], difference["images"]) == ("attention_distance", 12)
-    assert told["group_means"] == []
+    assert told["group_means"] == told["scores"] == []
+
+
+def test_scores_are_in_the_summary_with_null_for_what_they_do_not_have():
+    score = Score("A", "a.pth", "knn", "digits", 100, "top1", 0.9, settings={"k": 20})
+    result = comparison({"A": Subject(2)}, measures=("rankme",)).with_scores(Scores([score]))
+    (row,) = json.loads(json.dumps(result.summary(), allow_nan=False))["scores"]
+    assert (row["model"], row["value"]) == ("A", 0.9)
+    assert row["low"] is row["layer"] is None
 
 
 def test_groups_are_in_the_summary_and_one_seed_has_no_interval():

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Final
 
+import pandas as pd
+
 from vitprobe.tables import pairs
 
 if TYPE_CHECKING:
-    import pandas as pd
     import xarray as xr
 
     from vitprobe.results import Comparison
@@ -29,7 +30,8 @@ def summary(result: Comparison) -> dict[str, Any]:
         - `by_layer`: for each attention and token measure and model, `value`, `low` and `high` of
           every layer, in `units`;
         - `differences`: the rows of `Comparison.differences`;
-        - `group_means`, `group_differences`: the rows of those; empty without groups.
+        - `group_means`, `group_differences`: the rows of those; empty without groups;
+        - `scores`: the rows of `Comparison.scores`; empty without evaluations.
     """
     of_two = [m for m in result.measures if result.group_of(m) == "similarity"]
     of_one = [m for m in result.measures if m not in of_two]
@@ -46,6 +48,7 @@ def summary(result: Comparison) -> dict[str, Any]:
         "differences": _rows(result.differences()),
         "group_means": _rows(result.group_means()) if grouped else [],
         "group_differences": _rows(result.group_differences()) if grouped else [],
+        "scores": _rows(result.scores),
     }
 
 
@@ -101,6 +104,8 @@ def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _plain(value: Any) -> Any:
     value = value.item() if hasattr(value, "item") else value
+    if value is pd.NA:
+        return None
     return _number(value) if isinstance(value, float) else value
 
 
