@@ -54,7 +54,7 @@ def main(results: Path = RESULTS, out: Path = HERE) -> None:
     """results: that `make study` wrote. out: where figures and README.md go."""
     study, readme = Study(results), out / "README.md"
     out.mkdir(parents=True, exist_ok=True)
-    with vp.plots.style():
+    with vp.plots.paper_style():
         for name in FIGURES:
             write(_module(name).draw(study), out / name)
     if not readme.exists():
