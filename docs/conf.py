@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 from sphinx.application import Sphinx
@@ -57,7 +56,6 @@ napoleon_use_rtype = False
 default_role = "py:obj"
 
 
-_OPTIONAL = ("evaluation", "finetuning", "dense")
 _ITEM = re.compile(r"[A-Za-z_]\w*(, [A-Za-z_]\w*)*: \S")
 
 
@@ -79,15 +77,6 @@ def _listed(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: li
         lines[i] = text
 
 
-def _only_what_is_there(app: Sphinx, docname: str, source: list[str]) -> None:
-    """The table of contents names evaluations that have no page of their own before they are in."""
-    if docname == "index":
-        lines = source[0].splitlines()
-        gone = {name for name in _OPTIONAL if not (Path(app.srcdir) / f"{name}.md").exists()}
-        source[0] = "\n".join(line for line in lines if line not in gone)
-
-
 def setup(app: Sphinx) -> None:
     """Before napoleon, whose sections have an indentation of their own."""
-    app.connect("source-read", _only_what_is_there)
     app.connect("autodoc-process-docstring", _listed, priority=400)
