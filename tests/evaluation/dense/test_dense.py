@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -232,3 +234,27 @@ def test_a_missing_mask_is_told_as_training_meets_it(place, tmp_path):
     assert not math.isnan(scores.rows[0].value)
     path.unlink()
     (source / "bare").unlink()
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_share_training_and_testing(place, tmp_path):
+    out, data = tmp_path / "run", place / "shapes" / "coco"
+    found = {}
+    for processes in (1, 2):
+        arguments = ["detection", spec(place), "--data", data, "--out", out / str(processes)]
+        arguments += ["--recipe", "shapes_vitdet", "--device", "cpu", "--workers", "1"]
+        arguments += ["--set", *set_of(TINY | DETECTOR | {"epochs": 1, "detector.proposals": 40})]
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        line = [sys.executable, *launch, "-m", "vitprobe", "evaluate", *map(str, arguments)]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == str(out / str(processes) / "scores.json")
+        kept = out / str(processes) / "training"
+        log = json.loads((kept / "log.jsonl").read_text().splitlines()[0])
+        seen = {one["image_id"] for one in json.loads((kept / "detections.json").read_text())}
+        found[processes] = log, seen
+    (one, images), (two, images_of_two) = found[1], found[2]
+    # The losses of proposals are means over as many anchors of every image; the others are means
+    # over the objects of a share.
+    assert two["objectness"] == pytest.approx(one["objectness"], rel=1e-4)
+    assert images == images_of_two
