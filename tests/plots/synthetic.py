@@ -202,13 +202,15 @@ def comparison(
 def _samples(
     subjects: Mapping[str, Subject], samples: int, rng: np.random.Generator
 ) -> dict[str, xr.Dataset]:
-    """Photographs of smooth colours, and maps in which head h looks (h + 1) patches to the right."""
+    """Photographs of smooth colours, and maps in which head h looks h + 1 patches ahead."""
     waves = np.sin(np.linspace(0, 5, 96)[:, None, None] + rng.normal(size=(samples, 1, 1, 3)) * 2)
     shades = (waves + np.cos(np.linspace(0, 4, 96))[:, None] + 2) / 4
     photos = np.rint(255 * shades).astype(np.uint8)
     names = [f"{i:04d}.jpg" for i in range(samples)]
     dims = ("sample", "row", "column", "channel")
-    found = {"samples": xr.Dataset({"thumbnail": (dims, photos)}, coords={"name": ("sample", names)})}
+    found = {
+        "samples": xr.Dataset({"thumbnail": (dims, photos)}, coords={"name": ("sample", names)})
+    }
     for index, subject in enumerate(subjects.values()):
         if subject.no_attention:
             continue

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,8 @@ CONTRASTS = """
     const own = [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
     if (!own || !element.checkVisibility() || element.closest("script, .tip")) continue;
     // Numbers on the cells of a matrix have the cell behind them, which is no element around them.
-    if (element.closest("svg") && /white|#fff|#111111/.test(element.getAttribute("style") || "")) continue;
+    const drawn = element.closest("svg");
+    if (drawn && /white|#fff|#111111/.test(element.getAttribute("style") || "")) continue;
     const style = getComputedStyle(element);
     const back = ground(element);
     const ink = over(parse(element.closest("svg") ? style.fill : style.color), back);
@@ -93,7 +95,10 @@ def browser():
     if not CHROMIUM:
         pytest.skip("there is no Chromium here: install it, or set VITPROBE_CHROMIUM")
     with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM)
+        # Tests may run as root in a container, where Chromium has no sandbox.
+        browser = running.chromium.launch(
+            executable_path=CHROMIUM, chromium_sandbox=False, timeout=120_000
+        )
         yield browser
         browser.close()
 
@@ -103,6 +108,8 @@ class Seen:
 
     def __init__(self, browser, path: Path, viewport=None, **options) -> None:
         self.context = browser.new_context(viewport=viewport or DESKTOP, **options)
+        # A busy machine is slow, and no failure.
+        self.context.set_default_timeout(120_000)
         self.page = self.context.new_page()
         self.requests: list[str] = []
         self.complaints: list[str] = []
@@ -146,7 +153,8 @@ def cell(page, figure: str, row: int, column: int) -> tuple[float, float]:
     at = plot.evaluate(
         """(plot, [row, column]) => {
           const [, x, y, width, height] = JSON.parse(plot.dataset.places)[0];
-          const point = new DOMPoint(x + (column + 0.5) * width / 5, y + height - (row + 0.5) * height / 5);
+          const [across, up] = [(column + 0.5) * width / 5, (row + 0.5) * height / 5];
+          const point = new DOMPoint(x + across, y + height - up);
           const found = point.matrixTransform(plot.querySelector("svg").getScreenCTM());
           return [found.x, found.y];
         }""",
@@ -194,13 +202,13 @@ def test_every_number_of_a_figure_is_under_the_pointer(page):
 
 
 def test_the_point_of_a_line_tells_its_model(page):
-    figure = page.locator("figure", has=page.locator('[aria-label*="All models" i]')).first
     figure = page.locator("#attention figure").first
     figure.scroll_into_view_if_needed()
     x, y = figure.locator(".plot").evaluate(
         """(plot) => {
           const [, x, y] = JSON.parse(plot.dataset.places)[0];
-          const found = new DOMPoint(x + 2, y - 1).matrixTransform(plot.querySelector("svg").getScreenCTM());
+          const onScreen = plot.querySelector("svg").getScreenCTM();
+          const found = new DOMPoint(x + 2, y - 1).matrixTransform(onScreen);
           return [found.x, found.y];
         }"""
     )
@@ -350,7 +358,7 @@ def test_headings_and_landmarks(page):
     )
     assert levels[0] == 1
     assert levels.count(1) == 1
-    assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after - before <= 1 for before, after in pairwise(levels))
     for landmark in ("header", "nav", "main", "footer"):
         assert page.locator(f"body > {landmark}").count() == 1, landmark
     assert page.locator("html").get_attribute("lang") == "en"
@@ -363,13 +371,13 @@ def test_every_figure_has_words(page):
     missing = page.evaluate(
         """() => [...document.querySelectorAll("figure")].filter((figure) =>
           [...figure.querySelectorAll(".plot > svg")].some((svg) =>
-            svg.getAttribute("role") !== "img" || (svg.getAttribute("aria-label") || "").length < 40)
+            svg.getAttribute("role") !== "img" || !(svg.getAttribute("aria-label")?.length > 40))
           || !figure.querySelector("figcaption p")).length"""
     )
     assert missing == 0
     nameless = page.evaluate(
-        """() => [...document.querySelectorAll("a, button, select, input, [tabindex]")].filter((one) =>
-          !(one.textContent.trim() || one.getAttribute("aria-label") || one.labels?.length)).length"""
+        """() => [...document.querySelectorAll("a, button, select, input, [tabindex]")].filter(
+          (one) => !(one.textContent.trim() || one.ariaLabel || one.labels?.length)).length"""
     )
     assert nameless == 0
 
@@ -390,9 +398,10 @@ def test_numbers_of_every_figure_lie_inside_it(page):
     """A wrong transform would put them beside."""
     outside = page.evaluate(
         """() => [...document.querySelectorAll(".plot[data-places]")].flatMap((plot) => {
-          const [, , width, height] = plot.querySelector("svg").getAttribute("viewBox").split(" ").map(Number);
+          const { width, height } = plot.querySelector("svg").viewBox.baseVal;
+          const beyond = (one, i) => one < -1 || one > 1 + (i % 2 ? height : width);
           return JSON.parse(plot.dataset.places).flatMap(([kind, ...numbers]) =>
-            numbers.filter((one, i) => one !== null && (one < -1 || one > 1 + (i % 2 ? height : width))));
+            numbers.filter((one, i) => one !== null && beyond(one, i)));
         }).length"""
     )
     assert outside == 0
@@ -403,17 +412,22 @@ def test_photographs_are_on_the_page_once(page, path):
     images = re.findall(r'href="(data:image/[^"]+)"', html)
     assert len(images) == len(set(images)) > 6
     # Every use of a bitmap shows something.
-    assert page.evaluate(
-        "[...document.querySelectorAll('#photographs use')]"
-        ".filter((use) => !document.querySelector(use.getAttribute('href'))).length"
-    ) == 0
+    assert (
+        page.evaluate(
+            "[...document.querySelectorAll('#photographs use')]"
+            ".filter((use) => !document.querySelector(use.getAttribute('href'))).length"
+        )
+        == 0
+    )
     assert path.stat().st_size < 2_000_000
 
 
-def test_it_opens_within_a_second(open_page):
-    timing = open_page().page.evaluate(
-        "(({ domContentLoadedEventEnd }) => domContentLoadedEventEnd)"
-        "(performance.getEntriesByType('navigation')[0])"
-    )
-    # Twice what is promised, for test machines are busy.
-    assert timing < 2000
+def test_it_opens_within_a_second(browser, path):
+    """Of the processor's time, for on a busy machine a clock tells of its other work."""
+    page = browser.new_context(viewport=DESKTOP).new_page()
+    session = page.context.new_cdp_session(page)
+    session.send("Performance.enable", {"timeDomain": "threadTicks"})
+    page.goto(path.as_uri(), timeout=120_000)
+    found = session.send("Performance.getMetrics")["metrics"]
+    page.context.close()
+    assert {one["name"]: one["value"] for one in found}["TaskDuration"] < 1

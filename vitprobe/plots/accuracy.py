@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vitprobe.results import Comparison
 
 _UNIT = ("protocol", "dataset", "metric", "labels", "kept")
-_NAMES = {
+PROTOCOLS = {
     "head": "own head",
     "knn": "k-NN",
     "linear": "linear probe",
@@ -85,6 +85,13 @@ def accuracy(result: Comparison) -> Figure:
     return figure
 
 
+def named(metric: str) -> tuple[str, str]:
+    """A metric as it is called in text, and the unit of its numbers."""
+    if metric.startswith("top"):
+        return metric.replace("top", "top-"), "share"
+    return metric.replace("_", " "), "1"
+
+
 def by_protocol(result: Comparison) -> list[pd.DataFrame]:
     """Scores of whole models, a table a protocol, data set, metric, share of labels and kept
     blocks: `model`, `value`, `low`, `high`, `seeds`, `images`, in the order of the models.
@@ -108,13 +115,13 @@ def by_protocol(result: Comparison) -> list[pd.DataFrame]:
         )
         chosen = [name for name in subjects(result) if name in means.index]
         part = means.loc[chosen].reset_index()
-        title = f"{_NAMES.get(protocol, protocol)} on {dataset}"
+        title = f"{PROTOCOLS.get(protocol, protocol)} on {dataset}"
         title = f"{title[0].upper()}{title[1:]}" if protocol != "knn" else title
         if not np.isclose(labels, 1):
             title += f", {100 * labels:.3g} % of labels"
         if not pd.isna(kept):
             title += f", first {kept} blocks kept"
-        units = "share" if metric.startswith("top") else "1"
+        metric, units = named(metric)
         part.attrs.update(title=title, metric=metric, units=units, protocol=protocol)
         found.append(part)
     return found

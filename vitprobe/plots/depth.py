@@ -10,6 +10,7 @@ import numpy as np
 
 from vitprobe.errors import ResultError
 from vitprobe.measures.registry import MEASURES
+from vitprobe.plots.accuracy import PROTOCOLS, named
 from vitprobe.plots.style import (
     GRID,
     PAGE,
@@ -202,5 +203,6 @@ def _accuracy(result: Comparison, names: tuple[str, ...]) -> list[Panel]:
             Line(str(name), tuple(map(int, layers)), _x(result, str(name), layers), *numbers)
         )
     protocol, dataset, metric, _ = key
-    units = "share" if metric.startswith("top") else "1"
-    return [Panel(f"{protocol} {metric} on {shorten(dataset, 20)}", units, "layer", tuple(lines))]
+    metric, units = named(metric)
+    label = f"{PROTOCOLS.get(protocol, protocol)}, {metric}, on {shorten(dataset, 16)}"
+    return [Panel(label, units, "layer", tuple(lines))]

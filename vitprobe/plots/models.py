@@ -67,7 +67,7 @@ def model_map(result: Comparison, *, models: Sequence[str] | None = None) -> Fig
             marker = str(look(result, name).get("marker", "o"))
             y = _LEAF * (place + 0.5)
             left.plot(0, y, marker, color=color_of(result, name), ms=4, mew=0, clip_on=False)
-        left.set_xlabel("Mean angle between layers (rad)")
+        left.set_xlabel("Mean angle between\nlayers (rad)")
         left.set_xlim(1.04 * tree[:, 2].max(), 0)
         left.spines["left"].set_visible(False)
         left.tick_params(axis="y", length=0, labelleft=False)

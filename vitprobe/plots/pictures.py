@@ -151,7 +151,7 @@ def mean_map(maps: xr.Dataset, grid: tuple[int, int], query: Query = "patches") 
 
 
 def central_query(maps: xr.Dataset, grid: tuple[int, int]) -> tuple[int, tuple[int, int]]:
-    """Of the kept patch queries that nearest to the centre: (place among queries, (row, column))."""
+    """The kept patch query nearest to the centre: (place among queries, (row, column))."""
     prefix = int(maps.attrs["prefix_tokens"])
     queries = maps["query"].values
     patches = np.flatnonzero(queries >= prefix)

@@ -51,9 +51,7 @@ def card(result: Comparison, name: str) -> dict[str, Any]:
         headline += f", {description['dialect']} checkpoint"
     training = {
         key.replace("_", " "): value
-        for key, value in sorted(
-            known.items(), key=lambda item: (item[0] != "method", item[0])
-        )
+        for key, value in sorted(known.items(), key=lambda item: (item[0] != "method", item[0]))
         if not isinstance(value, dict | list) and not key.endswith("sha256")
     }
     if training:

@@ -44,6 +44,7 @@ _MOST_WIDTHS = 15
 _MOST_CELLS = 20_000
 """Cells of other measures of similarity whose numbers the page holds."""
 
+
 @dataclass(frozen=True)
 class Picture:
     """A figure as the page shows it."""
@@ -59,6 +60,8 @@ class Picture:
     """Made for a page and not for a column."""
     numbers: tuple[Numbers, ...] = ()
     """What it shows, an axes a table."""
+    points: int = 0
+    """Its width in pt, by which the page scales all figures alike."""
     models: tuple[str, ...] = ()
     """Which one or two models a figure is of, where the page can choose among them."""
 
@@ -441,12 +444,13 @@ def _picture(
     drawn = plot()
     plots.save(drawn, folder / name)
     found = tuple(numbers_of(drawn)) if numbers_of else ()
+    points = round(72 * figure_of(drawn).get_figwidth())
     plt.close(figure_of(drawn))
     svg = (folder / f"{name}.svg").read_text(encoding="utf-8")
     prefix = re.sub(r"[^A-Za-z0-9]+", "-", name)
     label = f"{kind}. {' '.join(caption)}"
     element = inline(svg, prefix=prefix, label=label, images=images)
-    return Picture(name, element, tuple(caption), width, wide, found, models)
+    return Picture(name, element, tuple(caption), width, wide, found, points, models)
 
 
 def _save(drawn: Figure | Axes, stem: Path) -> None:

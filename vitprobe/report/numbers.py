@@ -89,12 +89,12 @@ def of_map(table: pd.DataFrame, models: Sequence[str], figure: Figure) -> Number
     """Of `model_map`."""
     order, _ = leaves(table, models)
     values = matrix(table, order)
-    ends = {
-        frozenset((row.model_a, row.model_b)): (row.low, row.high) for row in rows_of(table)
-    }
+    ends = {frozenset((row.model_a, row.model_b)): (row.low, row.high) for row in rows_of(table)}
     cells = [
         [
-            "1 by definition" if a == b else bracket(values[i, j], *ends[frozenset((a, b))], least=2)
+            "1 by definition"
+            if a == b
+            else bracket(values[i, j], *ends[frozenset((a, b))], least=2)
             for j, b in enumerate(order)
         ]
         for i, a in enumerate(order)
@@ -218,13 +218,15 @@ def of_spectrum(result: Comparison, name: str, ax: Axes) -> Numbers:
 def of_forest(table: pd.DataFrame, figure: Figure) -> list[Numbers]:
     """Of paired differences of one measure, a panel a unit."""
     found = []
-    for (_, panel), ax in zip(table.groupby(["measure", "units"], sort=False), figure.axes, strict=False):
+    for (_, panel), ax in zip(
+        table.groupby(["measure", "units"], sort=False), figure.axes, strict=False
+    ):
         rows = list(rows_of(panel))
         points = np.array([(row.difference, i) for i, row in enumerate(rows)], float)
-        cells = [
-            [f"{bracket(row.difference, row.low, row.high, of_difference(row.units))}; {row.verdict}"]
-            for row in rows
+        texts = [
+            bracket(row.difference, row.low, row.high, of_difference(row.units)) for row in rows
         ]
+        cells = [[f"{text}; {row.verdict}"] for text, row in zip(texts, rows, strict=True)]
         found.append(
             Numbers(
                 f"Difference in {MEASURES[rows[0].measure].in_text}",
@@ -253,7 +255,10 @@ def of_seeds(result: Comparison, measure: str, ax: Axes) -> Numbers:
         "",
         tuple(members),
         ("mean over images, heads and layers",),
-        tuple((bracket(value, np.nan, np.nan, units) if np.isfinite(value) else "",) for value in values),
+        tuple(
+            (bracket(value, np.nan, np.nan, units) if np.isfinite(value) else "",)
+            for value in values
+        ),
         _points(ax, np.stack([values, rows], -1)),
     )
 

@@ -23,14 +23,11 @@ from vitprobe.report import findings
 from vitprobe.report.cards import card, heads, parameters, sides
 from vitprobe.report.words import (
     LEVEL,
-    NBSP,
     bracket,
     count,
     digits_of,
-    number,
     of_difference,
     p_value,
-    percent,
     show,
     spread,
     with_minus,
@@ -92,7 +89,7 @@ def render(result: Comparison, pictures: Pictures, lists: Lists) -> str:
         models=[card(result, name) for name in names],
         twins=[(name, twin) for name, twin in result.references.items()],
         left_out=_left_out(result),
-        assumed_heads=findings.assumedheads(result),
+        assumed_heads=findings.assumed_heads(result),
         assumed=findings.other_assumptions(result),
         intervals=provenance["estimator"] == "unbiased",
         pictures=pictures,
@@ -355,9 +352,7 @@ def _glance(result: Comparison) -> dict[str, Any]:
         }
     for table in by_protocol(result)[:_MOST_SCORES]:
         units = str(table.attrs["units"])
-        texts = {
-            row.model: bracket(row.value, row.low, row.high, units) for row in rows_of(table)
-        }
+        texts = {row.model: bracket(row.value, row.low, row.high, units) for row in rows_of(table)}
         title = f"{table.attrs['title']}, {table.attrs['metric']}"
         columns[title] = {name: texts.get(name, "–") for name in names}
     return {
@@ -442,6 +437,8 @@ def _settings(result: Comparison, attention: tuple[str, ...]) -> list[str]:
             if provenance["estimator"] == "unbiased"
             else "Biased CKA has no intervals.",
         ]
+        if len(subjects(result)) > 1:
+            sentences += _of_wholes(result)
     if attention:
         some, every = "patch queries", "attention_entropy_all" in attention
         if attention == ("attention_entropy_all",):
@@ -494,6 +491,27 @@ def _settings(result: Comparison, attention: tuple[str, ...]) -> list[str]:
         f"Images: {provenance['preprocessing']}{luminance}.",
         f"Forward passes in {provenance['precision']} on {provenance['device']}.",
     ]
+
+
+def _of_wholes(result: Comparison) -> list[str]:
+    """How numbers of whole models are made of those of their layers."""
+    sentences = [
+        "Layers at equal depth are those at the same share of their models' depths: in models of "
+        "L blocks, layer i and layer i."
+    ]
+    if result.provenance["estimator"] == "unbiased":
+        sentences.append(
+            "The interval of a mean of CKA over layer pairs has the mean of their standard errors "
+            "as its own, as though all errors went together: the widest that it can be."
+        )
+    if len(subjects(result)) > 2:
+        sentences.append(
+            "The distance of two models is the mean over layers at equal depth of the angle "
+            "arccos(CKA), in radians: 0 for layers alike, π/2 for layers with nothing in common "
+            "(Williams et al. 2021); CKA outside of −1 to 1 is cut for the angle alone. The "
+            "dendrogram joins by average linkage."
+        )
+    return sentences
 
 
 def _residual(result: Comparison) -> str:

@@ -158,7 +158,7 @@
     const selects = box.dataset.labels.split("|").map((text) => {
       const label = document.createElement("label");
       const select = document.createElement("select");
-      label.append(`${text} `, select);
+      label.append(text, select);
       bar.append(label);
       return select;
     });

@@ -135,7 +135,7 @@ def sinks(result: Comparison) -> str:
     """How much attention prefix tokens draw, where most."""
     parts = []
     names = measured(result, "sink_mass", shown(result))
-    if len(names) > _MOST_LISTED:
+    if len(names) >= _MOST_LISTED:
         return _strongest_sinks(result, names)
     for name in names:
         noun = attention_noun(result, (name,))

@@ -74,9 +74,7 @@ def accuracy_caption(tables: Sequence[pd.DataFrame]) -> list[str]:
 
 def map_caption(result: Comparison, table: pd.DataFrame) -> list[str]:
     """How the map of models is read, and which two lie nearest."""
-    near, far = (
-        table.iloc[choose(table["distance"])] for choose in (_where_least, _where_most)
-    )
+    near, far = (table.iloc[choose(table["distance"])] for choose in (_where_least, _where_most))
     return [
         f"Nearest: {near.model_a} and {near.model_b} (mean CKA at equal depth "
         f"{bracket(near.similarity, near.low, near.high, least=2)}); farthest: {far.model_a} and "
