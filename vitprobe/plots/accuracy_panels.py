@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -65,6 +65,7 @@ def accuracy_panels(result: Comparison) -> Figure:
             ax.set_axis_off()
         for ax, table in zip(axes.flat, tables, strict=False):
             scale = 100 if table.attrs["units"] == "share" else 1
+            row: Any
             for place, row in enumerate(table.itertuples(index=False)):
                 color = color_of(result, row.model)
                 ends = [scale * row.low, scale * row.high]
@@ -105,7 +106,7 @@ def by_protocol(result: Comparison) -> list[pd.DataFrame]:
     table = table[table["layer"].isna() & table["model"].isin(subjects(result))]
     found = []
     for key, rows in table.groupby(list(_UNIT), sort=False, dropna=False):
-        protocol, dataset, metric, labels, kept = key
+        protocol, dataset, metric, labels, kept = _parts(key)
         means = rows.groupby("model", sort=False).agg(
             value=("value", "mean"),
             low=("low", "mean"),
@@ -125,3 +126,8 @@ def by_protocol(result: Comparison) -> list[pd.DataFrame]:
         part.attrs.update(title=title, metric=metric, units=units, protocol=protocol)
         found.append(part)
     return found
+
+
+def _parts(key: Any) -> tuple[Any, ...]:
+    """The values that a group of rows shares; pandas types them as one."""
+    return tuple(key)

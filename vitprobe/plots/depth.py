@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 
 from vitprobe.errors import ResultError
 from vitprobe.measures.registry import MEASURES
-from vitprobe.plots.accuracy import PROTOCOLS, named
+from vitprobe.plots.accuracy_panels import PROTOCOLS, named
 from vitprobe.plots.style import (
     GRID,
     PAGE,
@@ -191,7 +191,7 @@ def _accuracy(result: Comparison, names: tuple[str, ...]) -> list[Panel]:
     if not len(table):
         return []
     unit = ["protocol", "dataset", "metric", "labels"]
-    key = table.groupby(unit, sort=False).size().idxmax()
+    key: Any = table.groupby(unit, sort=False).size().idxmax()
     chosen = table[(table[unit] == list(key)).all(axis=1)]
     lines = []
     for name, rows in chosen.groupby("model", sort=False):

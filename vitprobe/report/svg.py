@@ -6,6 +6,7 @@ import base64
 import hashlib
 import re
 from io import BytesIO
+from typing import Any
 
 from markupsafe import Markup, escape
 from PIL import Image
@@ -104,15 +105,18 @@ def _packed(png: bytes) -> tuple[str, str]:
     """A bitmap in fewer bytes: with a palette where it has few colours, else as JPEG."""
     with Image.open(BytesIO(png)) as opened:
         image = opened.convert("RGBA")
-    colors = image.getcolors(256)
+    # Pillow's types do not tell apart what images of one and of four channels give.
+    colors: Any = image.getcolors(256)
+    extrema: Any = image.getextrema()
+    pixels: Any = image.getdata()
     buffer = BytesIO()
-    if colors is None and image.getextrema()[3][0] == 255:
+    if colors is None and extrema[3][0] == 255:
         image.convert("RGB").save(buffer, "JPEG", quality=88, optimize=True)
         return "jpeg", base64.b64encode(buffer.getvalue()).decode()
     if colors is not None:
         places = {color: place for place, (_, color) in enumerate(sorted(colors))}
         indexed = Image.new("P", image.size)
-        indexed.putdata([places[color] for color in image.getdata()])
+        indexed.putdata([places[color] for color in pixels])
         indexed.putpalette([part for color in places for part in color[:3]])
         image, alphas = indexed, bytes(color[3] for color in places)
         image.info["transparency"] = alphas
