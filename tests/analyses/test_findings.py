@@ -73,6 +73,12 @@ def score(model, value, *, labels=1.0, kept=None):
     return Score(model, "", "finetune", "data", 10, "top1", value, labels=labels, seed=0, kept=kept)
 
 
+def same(found, expected):
+    assert found.low == pytest.approx(float(expected.low))
+    assert found.high == pytest.approx(float(expected.high))
+    assert found.p == pytest.approx(float(expected.p))
+
+
 def test_one_side_is_the_t_interval_and_two_are_welch():
     rng = np.random.default_rng(0)
     a, b = rng.normal(1, 1, 3), rng.normal(0, 3, 5)

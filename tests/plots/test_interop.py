@@ -54,7 +54,7 @@ def _closed_figures():
 
 @pytest.fixture(scope="module")
 def result():
-    subjects = {"A": Subject(2), "B": Subject(3)}
+    subjects = {"A": Subject(2), "B": Subject(3), "C": Subject(2)}
     made = comparison(
         subjects, measures=(*ALL, *TOKENS), groups={"X": ["A"], "Y": ["B"]}, images=12, samples=2
     )
