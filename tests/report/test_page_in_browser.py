@@ -86,7 +86,7 @@ def path(tmp_path_factory) -> Path:
         for name in NAMES
         for layer in range(5)
     ]
-    result.scores = Scores(rows).to_dataframe()
+    result = result.with_scores(Scores(rows))
     with pytest.MonkeyPatch.context() as patch:
         # The page holds the SVG alone; the other files would take most of the time.
         patch.setattr(sys.modules["vitprobe.plots.style"], "_UNDATED", {"svg": {"Date": None}})
