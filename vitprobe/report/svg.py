@@ -6,7 +6,6 @@ import base64
 import hashlib
 import re
 from io import BytesIO
-from typing import Any
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -105,26 +104,18 @@ def _shared(image: re.Match[str], images: dict[str, Markup]) -> str:
 def _packed(png: bytes) -> tuple[str, str]:
     """A bitmap in fewer bytes: with a palette where it has few colours, else as JPEG."""
     with Image.open(BytesIO(png)) as opened:
-        image = opened.convert("RGBA")
-    # Pillow's types do not tell apart what images of one and of four channels give.
-    colors: Any = image.getcolors(256)
-    extrema: Any = image.getextrema()
+        pixels = np.asarray(opened.convert("RGBA"))
     buffer = BytesIO()
-    if colors is None and extrema[3][0] == 255:
-        image.convert("RGB").save(buffer, "JPEG", quality=88, optimize=True)
+    colors, places = np.unique(pixels.reshape(-1, 4), axis=0, return_inverse=True)
+    if len(colors) > 256 and (colors[:, 3] == 255).all():
+        Image.fromarray(pixels[..., :3].copy()).save(buffer, "JPEG", quality=88, optimize=True)
         return "jpeg", base64.b64encode(buffer.getvalue()).decode()
-    if colors is not None:
-        places = {color: place for place, (_, color) in enumerate(sorted(colors))}
-        # Colours as one number each, which is quicker to look up than four.
-        packed = np.asarray(image).view(np.uint32)[..., 0]
-        keys = np.array([np.array(color, np.uint8).view(np.uint32)[0] for color in places])
-        order = np.argsort(keys)
-        indices = order[np.searchsorted(keys[order], packed)].astype(np.uint8)
-        indexed = Image.fromarray(indices, "P")
-        indexed.putpalette([part for color in places for part in color[:3]])
-        image, alphas = indexed, bytes(color[3] for color in places)
-        image.info["transparency"] = alphas
-    image.save(buffer, "PNG", optimize=True)
+    if len(colors) <= 256:
+        indexed = Image.fromarray(places.reshape(pixels.shape[:2]).astype(np.uint8))
+        indexed.putpalette(colors[:, :3].tobytes())
+        indexed.save(buffer, "PNG", optimize=True, transparency=colors[:, 3].tobytes())
+    else:
+        Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
     smaller = min(png, buffer.getvalue(), key=len)
     return "png", base64.b64encode(smaller).decode()
 
