@@ -219,7 +219,7 @@ def _read(scores: Comparison | Scores, protocols: Sequence[str]) -> pd.DataFrame
 
 
 def labels_of(table: pd.DataFrame) -> list[str]:
-    """The row of a figure for each score: its protocol, and what else those of one model differ in."""
+    """Of each score its row in a figure: the protocol, and what else those of a model differ in."""
     rows = [{**row, **json.loads(row["settings"])} for row in table.to_dict("records")]
     several = [name for name in ("dataset", "metric") if table[name].nunique() > 1]
     # What varies within one model was asked for; what varies between models was chosen for each.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -54,6 +54,7 @@ def accuracy_panels(result: Comparison) -> Figure:
             ax.set_axis_off()
         for ax, table in zip(axes.flat, tables, strict=False):
             scale = 100 if table.attrs["units"] == "share" else 1
+            row: Any
             for place, row in enumerate(table.itertuples(index=False)):
                 color = color_of(result, row.model)
                 ends = [scale * row.low, scale * row.high]
@@ -116,7 +117,9 @@ def _parts(table: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
     table = table.assign(row=labels_of(table))
     found = []
     unit = ["row", "dataset", "metric", "kept"]
-    for (row, dataset, metric, kept), rows in table.groupby(unit, sort=False, dropna=False):
+    key: Any  # pandas types what groups share as hashable and no more
+    for key, rows in table.groupby(unit, sort=False, dropna=False):
+        row, dataset, metric, kept = key
         title = row if dataset in row else f"{row} on {dataset}"
         title += "" if pd.isna(kept) else f", first {kept} blocks kept"
         found.append((title, metric, rows))
