@@ -109,7 +109,9 @@ def test_tidy_tables_go_into_seaborn_as_they_are(result):
     grid = sns.relplot(
         heads, x="layer", y="attention_distance", hue="head", col="model", kind="line"
     )
-    assert [ax.get_title() for ax in grid.axes.flat] == ["model = A", "model = B"]
+    assert [ax.get_title() for ax in grid.axes.flat] == [
+        f"model = {name}" for name in result.models
+    ]
     (x, y) = grid.axes.flat[0].lines[0].get_data()
     np.testing.assert_allclose(y, result.attention_distance("A").sel(head=0).values, rtol=1e-6)
     assert list(x) == [0, 1]

@@ -111,7 +111,9 @@ class Seen:
     """A page in the browser, with all that it asked for and complained of."""
 
     def __init__(self, browser, path: Path, viewport=None, **options) -> None:
-        self.context = browser.new_context(viewport=viewport or DESKTOP, **options)
+        # Without motion, for a place on the screen shall stay where it is.
+        options = {"viewport": viewport or DESKTOP, "reduced_motion": "reduce", **options}
+        self.context = browser.new_context(**options)
         # A busy machine is slow, and no failure.
         self.context.set_default_timeout(120_000)
         self.page = self.context.new_page()

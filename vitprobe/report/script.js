@@ -121,6 +121,15 @@
     return best;
   }
 
+  // A page that scrolls under a pointer at rest is told of moves, which are none.
+  let resting = false;
+  let last = "";
+  const follow = ({ clientX, clientY }) => {
+    resting = last === `${clientX} ${clientY}`;
+    last = `${clientX} ${clientY}`;
+  };
+  addEventListener("pointermove", follow, { passive: true, capture: true });
+
   const KEYS = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
   for (const plot of document.querySelectorAll(".plot[data-places]")) {
@@ -136,9 +145,7 @@
       if (target) show(plot, target);
       else hide();
     };
-    // A page that scrolls under a pointer at rest moves it too, as browsers see it.
-    const moved = (event) => event.movementX || event.movementY;
-    plot.addEventListener("pointermove", (event) => moved(event) && point(event));
+    plot.addEventListener("pointermove", (event) => resting || point(event));
     plot.addEventListener("pointerdown", point);
     plot.addEventListener("pointerleave", (event) => {
       if (event.pointerType === "mouse" && !shown?.keyboard) hide();
