@@ -13,9 +13,11 @@ from matplotlib.figure import Figure
 from plots.synthetic import ALL, TOKENS, Subject, comparison
 
 from vitprobe import plots
+from vitprobe.scores import Score, Scores
 
 NAMES = ("A", "B")
 ARGUMENTS = {
+    "accuracy": (),
     "attention_distance": ("A",),
     "attention_entropy": ("A",),
     "attention_overlay": ("attention_distance",),
@@ -24,15 +26,21 @@ ARGUMENTS = {
     "fourier_curves": ("A",),
     "group_spread": ("attention_distance",),
     "interval_width": ("cka", *NAMES),
+    "probes_by_depth": (),
     "similarity_heatmap": ("cka", *NAMES),
     "sink_mass": ("A",),
     "token_curves": ("token_cosine",),
 }
 # Figures of several panels, each of which a function above draws alone.
 WHOLE = {
+    "accuracy_panels": (),
+    "attention_maps": ("A",),
     "attention_panels": ("attention_distance",),
     "cka_grid": (),
+    "depth_view": (),
     "differences": (["attention_distance"],),
+    "head_maps": ("A",),
+    "model_map": (),
     "similarity_grid": ("cka",),
 }
 OTHERS = {"paper_style", "save", "training_curves"}
@@ -46,10 +54,17 @@ def _closed_figures():
 
 @pytest.fixture(scope="module")
 def result():
-    subjects = {"A": Subject(2), "B": Subject(3)}
-    return comparison(
-        subjects, measures=(*ALL, *TOKENS), groups={"X": ["A"], "Y": ["B"]}, images=12
+    subjects = {"A": Subject(2), "B": Subject(3), "C": Subject(2)}
+    made = comparison(
+        subjects, measures=(*ALL, *TOKENS), groups={"X": ["A"], "Y": ["B"]}, images=12, samples=2
     )
+    rows = [Score(name, "", "knn", "digits", 360, "top1", 0.7, 0.6, 0.8) for name in NAMES]
+    rows += [
+        Score(name, "", "linear", "digits", 360, "top1", 0.5 + 0.1 * layer, layer=layer)
+        for name in NAMES
+        for layer in range(3)
+    ]
+    return made.with_scores(Scores(rows))
 
 
 def test_every_figure_is_in_one_of_these_lists():

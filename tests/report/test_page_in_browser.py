@@ -86,7 +86,7 @@ def path(tmp_path_factory) -> Path:
         for name in NAMES
         for layer in range(5)
     ]
-    result.scores = Scores(rows).to_dataframe()
+    result = result.with_scores(Scores(rows))
     with pytest.MonkeyPatch.context() as patch:
         # The page holds the SVG alone; the other files would take most of the time.
         patch.setattr(sys.modules["vitprobe.plots.style"], "_UNDATED", {"svg": {"Date": None}})
@@ -220,7 +220,7 @@ def test_the_point_of_a_line_tells_its_model(page):
     text = tip(page)
     assert "block 0" in text
     assert any(name in text for name in NAMES)
-    assert re.search(r"\d px \[", text)
+    assert re.search(r"\d\spx \[", text)
 
 
 def test_arrow_keys_go_from_number_to_number(page):
@@ -387,8 +387,7 @@ def test_every_figure_has_words(page):
 
 
 def test_the_first_tab_skips_to_the_summary(open_page):
-    page = open_page("touch", viewport=PHONE, has_touch=True).page
-    page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
+    page = open_page("untouched").page
     page.keyboard.press("Tab")
     link = page.evaluate("document.activeElement.textContent")
     box = page.locator(".skip").bounding_box()

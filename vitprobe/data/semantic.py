@@ -130,6 +130,7 @@ def load_semantic(source: str | Path) -> Segmentation:
     root = Path(source).expanduser()
     if not root.is_dir():
         raise DataError(f"no folder '{root}' with images and maps of classes")
+    names: tuple[str, ...]
     if (root / "SegmentationClass").is_dir():
         pairs, names, shifted = [_voc(root, part) for part in ("train", "val")], _VOC, False
     elif (root / "annotations" / "training").is_dir():

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 
 from vitprobe.errors import ResultError
+from vitprobe.plots.accuracy import labels_of
 from vitprobe.plots.style import (
     COLUMN,
     GRID,
@@ -26,17 +26,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from vitprobe.results import Comparison
-
-_UNIT = ("protocol", "dataset", "metric", "labels", "kept")
-PROTOCOLS = {
-    "head": "own head",
-    "knn": "k-NN",
-    "linear": "linear probe",
-    "finetune": "fine-tuned",
-    "transfer": "transfer",
-    "detection": "detection",
-    "segmentation": "segmentation",
-}
 
 
 def accuracy_panels(result: Comparison) -> Figure:
@@ -65,6 +54,7 @@ def accuracy_panels(result: Comparison) -> Figure:
             ax.set_axis_off()
         for ax, table in zip(axes.flat, tables, strict=False):
             scale = 100 if table.attrs["units"] == "share" else 1
+            row: Any
             for place, row in enumerate(table.itertuples(index=False)):
                 color = color_of(result, row.model)
                 ends = [scale * row.low, scale * row.high]
@@ -93,35 +83,58 @@ def named(metric: str) -> tuple[str, str]:
 
 
 def by_protocol(result: Comparison) -> list[pd.DataFrame]:
-    """Scores of whole models, a table a protocol, data set, metric, share of labels and kept
-    blocks: `model`, `value`, `low`, `high`, `seeds`, `images`, in the order of the models.
+    """Scores of whole models, a table a protocol, data set, metric, share of labels, setting and
+    number of kept blocks: `model`, `value`, `low`, `high`, `seeds`, `images`, in the order of the
+    models.
 
     A model evaluated with several seeds has the mean of its numbers and of their ends. The
     attributes are `title`, `metric`, and `units`, "share" or "1".
     """
-    table: pd.DataFrame | None = getattr(result, "scores", None)
-    if table is None:
-        return []
+    table = result.scores
     table = table[table["layer"].isna() & table["model"].isin(subjects(result))]
+    return [_protocol(result, *part) for part in _parts(table.reset_index(drop=True))]
+
+
+def probed(result: Comparison) -> tuple[str, str, pd.DataFrame] | None:
+    """Of the protocol that most layers were probed with: its title, its units, and its scores.
+
+    The scores are those of models that have a figure of their own. None where there are none.
+    """
+    table = result.scores
+    table = table[table["layer"].notna() & table["kept"].isna()]
+    table = table[table["model"].isin(subjects(result))].reset_index(drop=True)
+    if not len(table):
+        return None
+    title, metric, rows = max(_parts(table), key=lambda part: len(part[2]))
+    name, units = named(metric)
+    return f"{title}, {name}", units, rows
+
+
+def _parts(table: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
+    """(title, metric, rows) of scores that differ in model, seed and layer alone."""
+    if not len(table):
+        return []
+    table = table.assign(row=labels_of(table))
     found = []
-    for key, rows in table.groupby(list(_UNIT), sort=False, dropna=False):
-        protocol, dataset, metric, labels, kept = key
-        means = rows.groupby("model", sort=False).agg(
-            value=("value", "mean"),
-            low=("low", "mean"),
-            high=("high", "mean"),
-            seeds=("seed", "nunique"),
-            images=("images", "max"),
-        )
-        chosen = [name for name in subjects(result) if name in means.index]
-        part = means.loc[chosen].reset_index()
-        title = f"{PROTOCOLS.get(protocol, protocol)} on {dataset}"
-        title = f"{title[0].upper()}{title[1:]}" if protocol != "knn" else title
-        if not np.isclose(labels, 1):
-            title += f", {100 * labels:.3g} % of labels"
-        if not pd.isna(kept):
-            title += f", first {kept} blocks kept"
-        metric, units = named(metric)
-        part.attrs.update(title=title, metric=metric, units=units, protocol=protocol)
-        found.append(part)
+    unit = ["row", "dataset", "metric", "kept"]
+    key: Any  # pandas types what groups share as hashable and no more
+    for key, rows in table.groupby(unit, sort=False, dropna=False):
+        row, dataset, metric, kept = key
+        title = row if dataset in row else f"{row} on {dataset}"
+        title += "" if pd.isna(kept) else f", first {kept} blocks kept"
+        found.append((title, metric, rows))
     return found
+
+
+def _protocol(result: Comparison, title: str, metric: str, rows: pd.DataFrame) -> pd.DataFrame:
+    means = rows.groupby("model", sort=False).agg(
+        value=("value", "mean"),
+        low=("low", "mean"),
+        high=("high", "mean"),
+        seeds=("seed", "nunique"),
+        images=("images", "max"),
+    )
+    part = means.loc[[name for name in subjects(result) if name in means.index]].reset_index()
+    name, units = named(metric)
+    part.attrs.update(title=title, metric=name, units=units)
+    return part

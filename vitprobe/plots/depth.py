@@ -10,7 +10,7 @@ import numpy as np
 
 from vitprobe.errors import ResultError
 from vitprobe.measures.registry import MEASURES
-from vitprobe.plots.accuracy import PROTOCOLS, named
+from vitprobe.plots.accuracy_panels import probed
 from vitprobe.plots.style import (
     GRID,
     PAGE,
@@ -27,7 +27,6 @@ from vitprobe.plots.style import (
 )
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
     from vitprobe.results import Comparison
@@ -140,7 +139,7 @@ def panels_of(result: Comparison, reference: str | None = None) -> list[Panel]:
             units = tables[having[0]].attrs["units"]
             noun = attention_noun(result, having)
             panels.append(Panel(MEASURES[measure].title, units, noun, tuple(lines)))
-    return [*panels, *_accuracy(result, names)]
+    return [*panels, *_accuracy(result)]
 
 
 def depths(result: Comparison) -> set[int]:
@@ -182,19 +181,14 @@ def _similarity(result: Comparison, name: str, reference: str) -> Line:
     return Line(name, tuple(int(i) for i in layers), _x(result, name, layers), value, low, high)
 
 
-def _accuracy(result: Comparison, names: tuple[str, ...]) -> list[Panel]:
+def _accuracy(result: Comparison) -> list[Panel]:
     """Accuracy of probes of layers: of the protocol and data that most layers were probed with."""
-    table: pd.DataFrame | None = getattr(result, "scores", None)
-    if table is None:
+    found = probed(result)
+    if found is None:
         return []
-    table = table[table["layer"].notna() & table["kept"].isna() & table["model"].isin(names)]
-    if not len(table):
-        return []
-    unit = ["protocol", "dataset", "metric", "labels"]
-    key = table.groupby(unit, sort=False).size().idxmax()
-    chosen = table[(table[unit] == list(key)).all(axis=1)]
+    title, units, table = found
     lines = []
-    for name, rows in chosen.groupby("model", sort=False):
+    for name, rows in table.groupby("model", sort=False):
         # Several seeds of an evaluation are averaged, and their intervals with them.
         means = rows.groupby("layer", sort=True)[["value", "low", "high"]].mean()
         layers = means.index.to_numpy(int)
@@ -202,7 +196,4 @@ def _accuracy(result: Comparison, names: tuple[str, ...]) -> list[Panel]:
         lines.append(
             Line(str(name), tuple(map(int, layers)), _x(result, str(name), layers), *numbers)
         )
-    protocol, dataset, metric, _ = key
-    metric, units = named(metric)
-    label = f"{PROTOCOLS.get(protocol, protocol)}, {metric}, on {shorten(dataset, 16)}"
-    return [Panel(label, units, "layer", tuple(lines))]
+    return [Panel(shorten(title, 44), units, "layer", tuple(lines))]

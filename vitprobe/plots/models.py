@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -78,6 +78,7 @@ def model_map(result: Comparison, *, models: Sequence[str] | None = None) -> Fig
 def leaves(table: pd.DataFrame, names: Sequence[str]) -> tuple[list[str], np.ndarray]:
     """The models in the order of the dendrogram, upwards, and scipy's linkage of it."""
     distance = np.zeros((len(names), len(names)))
+    row: Any
     for row in table.itertuples(index=False):
         i, j = names.index(row.model_a), names.index(row.model_b)
         distance[i, j] = distance[j, i] = row.distance
@@ -89,6 +90,7 @@ def leaves(table: pd.DataFrame, names: Sequence[str]) -> tuple[list[str], np.nda
 def matrix(table: pd.DataFrame, order: Sequence[str]) -> np.ndarray:
     """Mean CKA of every two models in this order, 1 on the diagonal."""
     cells = np.eye(len(order))
+    row: Any
     for row in table.itertuples(index=False):
         i, j = order.index(row.model_a), order.index(row.model_b)
         cells[i, j] = cells[j, i] = row.similarity

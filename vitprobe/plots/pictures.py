@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from vitprobe.errors import ResultError
 from vitprobe.plots.style import COLORS, PAGE, attention_noun, style
@@ -206,7 +207,7 @@ def _panels(
         gridspec_kw={"wspace": 0.04, "hspace": 0.04},
     )
     engine = figure.get_layout_engine()
-    if engine is not None:
+    if isinstance(engine, ConstrainedLayoutEngine):
         engine.set(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
     for ax in axes.flat:
         ax.set_axis_off()

@@ -269,7 +269,9 @@ def of_scores(tables: Sequence[pd.DataFrame], figure: Figure) -> list[Numbers]:
     for table, ax in zip(tables, figure.axes, strict=False):
         rows = list(rows_of(table))
         units = str(table.attrs["units"])
-        points = np.array([(row.value, i) for i, row in enumerate(rows)], float)
+        # Shares are drawn in per cent.
+        scale = 100 if units == "share" else 1
+        points = np.array([(scale * row.value, i) for i, row in enumerate(rows)], float)
         found.append(
             Numbers(
                 str(table.attrs["title"]),

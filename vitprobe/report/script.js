@@ -53,7 +53,7 @@
     tip.hidden = true;
   }
 
-  function show(plot, target) {
+  function show(plot, target, keyboard = false) {
     if (shown && shown.target === target) return;
     hide();
     const svg = plot.querySelector("svg");
@@ -66,7 +66,7 @@
     }
     mark.setAttribute("class", "mark");
     svg.append(mark);
-    shown = { plot, target, mark };
+    shown = { plot, target, mark, keyboard };
     tip.replaceChildren();
     const strong = document.createElement("strong");
     strong.textContent = target.value;
@@ -76,7 +76,12 @@
     second.textContent = target.what;
     tip.append(strong, first, second);
     tip.hidden = false;
-    const box = mark.getBoundingClientRect();
+    place();
+  }
+
+  // At the mark, inside the window.
+  function place() {
+    const box = shown.mark.getBoundingClientRect();
     const own = tip.getBoundingClientRect();
     const x = Math.min(Math.max(box.left + box.width / 2 - own.width / 2, 6), innerWidth - own.width - 6);
     const above = box.top - own.height - 8;
@@ -131,9 +136,13 @@
       if (target) show(plot, target);
       else hide();
     };
-    plot.addEventListener("pointermove", point);
+    // A page that scrolls under a pointer at rest moves it too, as browsers see it.
+    const moved = (event) => event.movementX || event.movementY;
+    plot.addEventListener("pointermove", (event) => moved(event) && point(event));
     plot.addEventListener("pointerdown", point);
-    plot.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && hide());
+    plot.addEventListener("pointerleave", (event) => {
+      if (event.pointerType === "mouse" && !shown?.keyboard) hide();
+    });
     plot.addEventListener("click", choose);
     plot.addEventListener("blur", hide);
     plot.addEventListener("keydown", (event) => {
@@ -143,11 +152,12 @@
       event.preventDefault();
       const here = shown && shown.plot === plot ? shown.target : null;
       const next = here ? beside(all(), here, ...step) : all()[0];
-      if (next) show(plot, next);
+      if (next) show(plot, next, true);
     });
   }
   addEventListener("keydown", (event) => event.key === "Escape" && hide());
-  addEventListener("scroll", hide, { passive: true });
+  // A pointer is elsewhere after scrolling; what the keyboard has chosen moves along.
+  addEventListener("scroll", () => shown && (shown.keyboard ? place() : hide()), { passive: true, capture: true });
   document.addEventListener("pointerdown", (event) => event.target.closest(".plot") || hide());
 
   let choosePair = () => {};

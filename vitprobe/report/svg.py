@@ -7,6 +7,7 @@ import hashlib
 import re
 from io import BytesIO
 
+import numpy as np
 from markupsafe import Markup, escape
 from PIL import Image
 
@@ -103,20 +104,18 @@ def _shared(image: re.Match[str], images: dict[str, Markup]) -> str:
 def _packed(png: bytes) -> tuple[str, str]:
     """A bitmap in fewer bytes: with a palette where it has few colours, else as JPEG."""
     with Image.open(BytesIO(png)) as opened:
-        image = opened.convert("RGBA")
-    colors = image.getcolors(256)
+        pixels = np.asarray(opened.convert("RGBA"))
     buffer = BytesIO()
-    if colors is None and image.getextrema()[3][0] == 255:
-        image.convert("RGB").save(buffer, "JPEG", quality=88, optimize=True)
+    colors, places = np.unique(pixels.reshape(-1, 4), axis=0, return_inverse=True)
+    if len(colors) > 256 and (colors[:, 3] == 255).all():
+        Image.fromarray(pixels[..., :3].copy()).save(buffer, "JPEG", quality=88, optimize=True)
         return "jpeg", base64.b64encode(buffer.getvalue()).decode()
-    if colors is not None:
-        places = {color: place for place, (_, color) in enumerate(sorted(colors))}
-        indexed = Image.new("P", image.size)
-        indexed.putdata([places[color] for color in image.getdata()])
-        indexed.putpalette([part for color in places for part in color[:3]])
-        image, alphas = indexed, bytes(color[3] for color in places)
-        image.info["transparency"] = alphas
-    image.save(buffer, "PNG", optimize=True)
+    if len(colors) <= 256:
+        indexed = Image.fromarray(places.reshape(pixels.shape[:2]).astype(np.uint8))
+        indexed.putpalette(colors[:, :3].tobytes())
+        indexed.save(buffer, "PNG", optimize=True, transparency=colors[:, 3].tobytes())
+    else:
+        Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
     smaller = min(png, buffer.getvalue(), key=len)
     return "png", base64.b64encode(smaller).decode()
 

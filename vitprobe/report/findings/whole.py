@@ -116,9 +116,9 @@ def _similarity(result: Comparison, lists: Lists) -> list[tuple[str, str, str]]:
         mean = mean_with_interval(result, "cka", *names)
         found = [("Mean CKA over layer pairs", mean, join(names))]
         last = result.cka(*names).values[-1, -1]
-        ends = [end.values[-1, -1] for end in result.interval("cka", *names)]
+        low, high = (end.values[-1, -1] for end in result.interval("cka", *names))
         if np.isfinite(last):
-            found.append(("CKA of the last layers", bracket(last, *ends, least=2), join(names)))
+            found.append(("CKA of the last layers", bracket(last, low, high, least=2), join(names)))
         return found if mean != "nan" else []
     if table["similarity"].isnull().any():
         return []
