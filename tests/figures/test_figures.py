@@ -61,7 +61,7 @@ def pinned():
 
 
 def _redrawn(study, name, folder):
-    with vp.plots.style():
+    with vp.plots.paper_style():
         return write(importlib.import_module(f"figures.{name}").draw(study), folder / name)
 
 
@@ -142,7 +142,7 @@ class Reduced(Study):
 @pytest.mark.parametrize("name", FIGURES)
 def test_figures_cope_with_seeds_and_systems_that_are_not_there(study, name):
     module = importlib.import_module(f"figures.{name}")
-    with vp.plots.style():
+    with vp.plots.paper_style():
         figure = module.draw(Reduced())
         figure.draw_without_rendering()
     assert "nan" not in module.caption(Reduced())
