@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -13,9 +14,11 @@ from matplotlib.figure import Figure
 from plots.synthetic import ALL, TOKENS, Subject, comparison
 
 from vitprobe import plots
+from vitprobe.scores import Score, Scores
 
 NAMES = ("A", "B")
 ARGUMENTS = {
+    "accuracy": (),
     "attention_distance": ("A",),
     "attention_entropy": ("A",),
     "attention_overlay": ("attention_distance",),
@@ -24,6 +27,7 @@ ARGUMENTS = {
     "fourier_curves": ("A",),
     "group_spread": ("attention_distance",),
     "interval_width": ("cka", *NAMES),
+    "probes_by_depth": ("linear",),
     "similarity_heatmap": ("cka", *NAMES),
     "sink_mass": ("A",),
     "token_curves": ("token_cosine",),
@@ -47,9 +51,12 @@ def _closed_figures():
 @pytest.fixture(scope="module")
 def result():
     subjects = {"A": Subject(2), "B": Subject(3)}
-    return comparison(
+    measured = comparison(
         subjects, measures=(*ALL, *TOKENS), groups={"X": ["A"], "Y": ["B"]}, images=12
     )
+    score = Score("A", "a.pth", "linear", "digits", 100, "top1", 0.9, 0.85, 0.95)
+    layers = [replace(score, layer=layer, value=0.3 * layer) for layer in range(3)]
+    return measured.with_scores(Scores([score, *layers]))
 
 
 def test_every_figure_is_in_one_of_these_lists():
