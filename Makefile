@@ -19,9 +19,10 @@ STAGES ?= train evaluate compare
 study: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m analyses.fashion.study --schedule $(SCHEDULE) --stages $(STAGES)
 
-# Draw all figures again from the committed results.
+# Draw all figures again from the committed results, and fill the tables of analyses/.
 figures: $(VENV)/installed
 	$(BIN)/python -m figures
+	$(BIN)/python -m analyses.fashion.findings
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

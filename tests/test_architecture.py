@@ -13,8 +13,8 @@ import vitprobe
 
 PACKAGE = Path(vitprobe.__file__).parent
 MEASURES_MAY = {
-    "__future__", "abc", "collections", "dataclasses", "functools", "importlib",
-    "itertools", "math", "numpy", "scipy", "torch", "typing",
+    "__future__", "abc", "collections", "concurrent", "dataclasses", "functools", "importlib",
+    "inspect", "itertools", "math", "numpy", "scipy", "torch", "typing",
 }  # fmt: skip
 MAY_TRITON = "fused_kernel.py"
 

@@ -416,10 +416,12 @@ def test_probe_files(run, photos, checkpoint, tmp_path):
         status, out, err = run("probe", f"{name}={spec},heads=3", *more, "--out", f"{name}.probe")
         assert (status, out) == (0, f"{name}.probe\n"), err
         assert "heads assumed" not in err
-    status, _, err = run("probe", str(checkpoint), *more, "--out", "C.probe")
-    assert status == 0
+    torch.save({"model": tiny(width=64, depth=1, heads=1).module.state_dict()}, "wide.pth")
+    status, _, err = run("probe", "wide.pth", *more, "--out", "C.probe")
+    assert status == 0, err
     assert re.search(r"^note: .*: \d+ heads assumed, which nothing in the file says", err, re.M)
     os.remove("C.probe")
+    os.remove("wide.pth")
     status, out, _ = run("inspect", "A.probe")
     assert status == 0
     for said in ("Probe file", "cka, attention_entropy, sink_mass", "12 in 1 block", "tiny.pth"):

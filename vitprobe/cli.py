@@ -60,19 +60,17 @@ _NO_MEMORY = "memory ran out; give a smaller --batch-size or --block, or fewer m
 
 @dataclass
 class Demo:
-    """Compare the encoders that come with vitprobe; nothing is downloaded."""
+    """Train four small ViTs on handwritten digits and compare them; nothing is downloaded."""
 
     out: Path = Path("demo")
-    """Folder for the report, and for the runs of --train."""
-    train: bool = False
-    """Train four small ViTs on handwritten digits, and compare those."""
+    """Folder for the runs and the report."""
     force: bool = False
     """Replace what an earlier demo left there."""
 
     def run(self) -> str:
         from vitprobe.demo import demo
 
-        return str(demo(self.out, train=self.train, force=self.force))
+        return str(demo(self.out, force=self.force))
 
 
 @dataclass

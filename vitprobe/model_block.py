@@ -163,8 +163,8 @@ class ModelBlock:
         """Features that similarity compares; a Gram as soon as those of all images are there."""
         whole = kept
         if len(kept) < self.count:
-            whole = self._whole.pop(layer, None)
-            whole = self._room(kept) if whole is None else whole
+            begun = self._whole.pop(layer, None)
+            whole = self._room(kept) if begun is None else begun
             start = first_image - self.first
             whole[start : start + len(kept)] = kept
             if start + len(kept) < self.count:

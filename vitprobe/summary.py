@@ -70,13 +70,13 @@ def _pair(result: Comparison, measure: str, a: str, b: str) -> dict[str, Any]:
             found["layer"].values, found["layer_b"].values, _columns(found), strict=True
         )
     ]
-    defined = [layer for layer in layers if layer["value"] is not None]
+    defined = [(layer["value"], layer) for layer in layers if layer["value"] is not None]
     return {
         "measure": measure,
         "model_a": a,
         "model_b": b,
         "mean": _number(found["value"].mean()),
-        "most_different": min(defined, key=lambda layer: layer["value"], default=None),
+        "most_different": min(defined, key=lambda one: one[0], default=(0.0, None))[1],
         "layers": layers,
     }
 

@@ -266,11 +266,94 @@ def group_similarity(result: Comparison, measure: str, level: float) -> pd.DataF
     return pd.DataFrame(rows, columns=["group_a", "group_b", "mean", "low", "high", "pairs"])
 
 
+def between_models(
+    result: Comparison, names: Sequence[str] | None = None, level: float = 0.95
+) -> pd.DataFrame:
+    """CKA and distance of models as wholes: one row a pair.
+
+    Both are means over the layer pairs of equal depth share (the diagonal where two models are
+    equally deep). `similarity` is of CKA, with the interval of `mean_similarity`. `distance` is of
+    the angle arccos(CKA) in radians, which for the biased CKA of two layers is a metric (Williams
+    et al. 2021, "Generalized Shape Metrics on Neural Representations", section 2); debiased CKA,
+    which may lie outside of [-1, 1], is cut there for the angle alone.
+
+    Args:
+        result: a Comparison with CKA.
+        names: of the models; all but untrained twins unless given.
+        level: of the intervals.
+
+    Returns:
+        model_a, model_b, similarity, low, high, distance (nan where nothing is defined).
+
+    Raises:
+        ResultError: no such model, or CKA is not in the result.
+    """
+    twins = set(result.references.values())
+    given = [name for name in result.models if name not in twins] if names is None else names
+    rows = []
+    for a, b in combinations(given, 2):
+        cells = result.cka(a, b)
+        chosen = equal_depth(cells)
+        mean, low, high = mean_similarity(result, "cka", a, b, chosen, level)
+        angles = np.arccos(np.clip(cells.values[chosen], -1, 1))
+        angles = angles[np.isfinite(angles)]
+        rows.append((a, b, mean, low, high, float(angles.mean()) if len(angles) else np.nan))
+    columns = ["model_a", "model_b", "similarity", "low", "high", "distance"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def mean_similarity(
+    result: Comparison,
+    measure: str,
+    a: str,
+    b: str,
+    chosen: np.ndarray | None = None,
+    level: float = 0.95,
+) -> tuple[float, float, float]:
+    """The mean of a similarity measure over layer pairs of two models, with its interval.
+
+    The standard error is the mean of those of the cells, as though all their errors went together.
+    They are of the same images and mostly do; where they do not, the interval is too wide, and
+    never too narrow. It is cut where the measure ends, and nan where no cell has a standard error.
+
+    Args:
+        result: a Comparison.
+        measure: name of a similarity measure.
+        a: name of a model.
+        b: name of another.
+        chosen: (layers of a, layers of b), which cells; all of them unless given.
+        level: of the interval.
+
+    Returns:
+        mean, low, high; nan where nothing is defined.
+
+    Raises:
+        ResultError: no such model, or no similarity measure of that name.
+    """
+    value = result.similarity(measure, a, b)
+    error = result.standard_error(measure, a, b).values
+    kept = np.isfinite(value.values)
+    kept &= True if chosen is None else chosen
+    if not kept.any():
+        return np.nan, np.nan, np.nan
+    mean = float(value.values[kept].mean())
+    known = kept & np.isfinite(error)
+    if not known.any():
+        return mean, np.nan, np.nan
+    margin = float(quantile(level, value.attrs["degrees"]) * error[known].mean())
+    least, most = _ends(result, measure)
+    return mean, float(max(mean - margin, least)), float(min(mean + margin, most))
+
+
+def equal_depth(cells: xr.DataArray) -> np.ndarray:
+    """Which cells (layer_a, layer_b) are of two layers at equal shares of their models' depths."""
+    return of_equal_depth(cells["layer_a"].values, cells["layer_b"].values)
+
+
 def _alike(result: Comparison, measure: str, a: str, b: str) -> float:
     """Mean similarity of two models over layer pairs of equal depth share."""
     value = (result.similarity(measure, a, b) + result.similarity(measure, b, a).values.T) / 2
-    rows, columns = value["layer_a"].values, value["layer_b"].values
-    cells = value.values[of_equal_depth(rows, columns)]
+    cells = value.values[equal_depth(value)]
     defined = cells[~np.isnan(cells)]
     return float(defined.mean()) if len(defined) else np.nan
 

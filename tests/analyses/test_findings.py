@@ -73,14 +73,24 @@ def score(model, value, *, labels=1.0, kept=None):
     return Score(model, "", "finetune", "data", 10, "top1", value, labels=labels, seed=0, kept=kept)
 
 
+def same(found, expected):
+    assert found.low == pytest.approx(float(expected.low))
+    assert found.high == pytest.approx(float(expected.high))
+    assert found.p == pytest.approx(float(expected.p))
+
+
 def test_one_side_is_the_t_interval_and_two_are_welch():
     rng = np.random.default_rng(0)
     a, b = rng.normal(1, 1, 3), rng.normal(0, 3, 5)
     one, expected = over_seeds(Effect(a.mean(), [a])), t_interval(a)
-    assert (one.low, one.high, one.p) == pytest.approx((expected.low, expected.high, expected.p))
+    assert (one.low, one.high, one.p) == pytest.approx(
+        tuple(map(float, (expected.low, expected.high, expected.p)))
+    )
     two, expected = over_seeds(difference(a, b)), welch(a, b)
     assert two.value == pytest.approx(expected.value)
-    assert (two.low, two.high, two.p) == pytest.approx((expected.low, expected.high, expected.p))
+    assert (two.low, two.high, two.p) == pytest.approx(
+        tuple(map(float, (expected.low, expected.high, expected.p)))
+    )
 
 
 def test_cells_of_two_methods_have_the_seeds_of_both_as_units():

@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from analyses.fashion import study
-from analyses.fashion.study import Job, Schedule, evaluation, model_spec, training
+from analyses.fashion import compare, findings, study
+from analyses.fashion.reading import Study
+from analyses.fashion.study import Job, Schedule, evaluation, main, model_spec, training
 from analyses.fashion.tables import recipe_of
 from analyses.sections import fill
 from vitprobe.errors import DataError, RecipeError, ResultError
@@ -155,3 +157,39 @@ def test_a_part_of_a_page_is_replaced_and_the_rest_is_left(tmp_path):
     assert page.read_text() == "above\n<!-- runs -->\nnewer\n<!-- /runs -->\nbelow\n"
     with pytest.raises(ResultError, match="no part between <!-- other -->"):
         fill(page, "other", "text")
+
+
+@pytest.mark.slow
+def test_one_system_goes_from_images_to_findings(tmp_path, monkeypatch, short):
+    plan = replace(
+        short,
+        images=96,
+        epochs=2,
+        seeds=1,
+        snapshots=(0, 2),
+        changes={"every": {"batch_size": 32, "threads": 1, "optimizer.warmup_epochs": 0}},
+    )
+    monkeypatch.setattr(Schedule, "read", lambda name: plan)
+    monkeypatch.setattr(study, "HERE", tmp_path)
+    monkeypatch.setattr(compare, "IMAGES", 48)
+    rng = np.random.default_rng(0)
+    data = tmp_path / "runs" / "data" / "fashion_96.npz"
+    data.parent.mkdir(parents=True)
+    np.savez(
+        data,
+        images=rng.integers(0, 256, (96, 1, 28, 28), np.uint8),
+        labels=np.arange(96) % 10,
+        test_images=rng.integers(0, 256, (50, 1, 28, 28), np.uint8),
+        test_labels=np.arange(50) % 10,
+    )
+    for only in ("mae-0", "frozen-mae-0"):
+        main(study.Study("short", tmp_path / "runs", ("train", "evaluate"), (only,)))
+    main(study.Study("short", tmp_path / "runs", ("compare",)))
+    found = Study(tmp_path / "results")
+    assert found.methods == ("MAE", "Random")
+    assert found.systems.provenance["images"]["count"] == 48
+    assert set(found.training.models) == {"MAE 0", "MAE 2"}
+    assert set(found.costs) == {"MAE 0"}
+    assert len(found.by_layer("MAE 0", "linear")) == 13
+    assert found.accuracy(("MAE 0",), "knn").between(0, 100).all()
+    assert findings.findings(found)["verdict"].str.endswith("not measured").all()

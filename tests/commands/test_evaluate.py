@@ -100,8 +100,9 @@ def test_what_cannot_be_evaluated_is_one_line(run, files, arguments, said, tmp_p
 
 
 def test_scores_go_with_a_comparison(run, files, monkeypatch, tmp_path):
-    for name in ("A", "elsewhere"):
-        run("evaluate", "knn", f"{name}=a.pth,heads=3", "--data", "data.npz", "--out", name)
+    for name, k in (("A", 1), ("elsewhere", 3)):
+        made = ("--data", "data.npz", "--out", name, "--k", k)
+        assert run("evaluate", "knn", f"{name}=a.pth,heads=3", *made)[0] == 0
     model = vp.load("a.pth,heads=3", name="A")
     vp.compare([model], squares(8), ["cka"], progress=False, device="cpu").save("result.nc")
     given = {}

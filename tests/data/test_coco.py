@@ -61,7 +61,7 @@ def test_a_set_is_read_with_labels_in_the_order_of_category_ids(tmp_path):
     assert target["masks"].shape == (1, 10, 12)
     assert int(target["masks"].sum()) == 36
     assert found.train.image(0).shape == (3, 10, 12)
-    assert load_coco(tmp_path / "set", channels=1).train.image(0).shape == (1, 10, 12)
+    assert found.with_channels(1).train.image(0).shape == (1, 10, 12)
 
 
 def test_instances_are_numbered_from_one(tmp_path):

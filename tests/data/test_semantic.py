@@ -58,7 +58,7 @@ def test_ade_leaves_out_zero_and_shifts_the_rest(tmp_path):
 
 def test_classes_can_be_listed(tmp_path):
     (tmp_path / "classes.txt").write_text("sky\n\nground\n")
-    found = load_semantic(voc(tmp_path, values=((0, 1), (1, 1))), channels=1)
+    found = load_semantic(voc(tmp_path, values=((0, 1), (1, 1)))).with_channels(1)
     assert found.classes == ("sky", "ground")
     assert found.train.image(0).shape == (1, 2, 2)
     (tmp_path / "classes.txt").write_text("sky\n")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import xarray as xr
 
 from vitprobe.datasets import (
     FourierArrays,
@@ -135,13 +136,15 @@ def comparison(
     estimator: str = "unbiased",
     groups: Mapping[str, Sequence[str]] | None = None,
     references: Mapping[str, str] | None = None,
+    samples: int = 0,
     seed: int = 0,
 ) -> Comparison:
     """A Comparison of `subjects`; what they leave open is filled in from `seed`.
 
     `cka` gives blocks (layers of a, layers of b) for some pairs; `error` is the standard error of
     every cell that is not on a diagonal, and there is none with the biased estimator. `floor` is
-    that of every cell, one number or (features, features).
+    that of every cell, one number or (features, features). `samples` is how many images are kept
+    with the attention maps of all models.
     """
     rng = np.random.default_rng(seed)
     by_group = {
@@ -160,6 +163,8 @@ def comparison(
         )
     if by_group["attention"]:
         datasets["attention"] = _attention(subjects, by_group["attention"], images, rng)
+    if samples:
+        datasets |= _samples(subjects, samples, rng)
     provenance = {
         "models": [subject.describe(name) for name, subject in subjects.items()],
         "measures": list(measures),
@@ -192,6 +197,45 @@ def comparison(
         **({"references": dict(references)} if references else {}),
     }
     return Comparison.assemble(datasets, provenance)
+
+
+def _samples(
+    subjects: Mapping[str, Subject], samples: int, rng: np.random.Generator
+) -> dict[str, xr.Dataset]:
+    """Photographs of smooth colours, and maps in which head h looks h + 1 patches ahead."""
+    waves = np.sin(np.linspace(0, 5, 96)[:, None, None] + rng.normal(size=(samples, 1, 1, 3)) * 2)
+    shades = (waves + np.cos(np.linspace(0, 4, 96))[:, None] + 2) / 4
+    photos = np.rint(255 * shades).astype(np.uint8)
+    names = [f"{i:04d}.jpg" for i in range(samples)]
+    dims = ("sample", "row", "column", "channel")
+    found = {
+        "samples": xr.Dataset({"thumbnail": (dims, photos)}, coords={"name": ("sample", names)})
+    }
+    for index, subject in enumerate(subjects.values()):
+        if subject.no_attention:
+            continue
+        patches = subject.grid[0] * subject.grid[1]
+        tokens = subject.prefix + patches
+        rows = np.full((subject.heads, tokens, tokens), 0.2 / tokens)
+        for head in range(subject.heads):
+            queries = subject.prefix + np.arange(patches)
+            keys = subject.prefix + (np.arange(patches) + head + 1) % patches
+            rows[head, queries, keys] += 0.8
+            rows[head, : subject.prefix, subject.prefix] += 0.8
+        units = [(layer, head) for layer in range(subject.depth) for head in range(subject.heads)]
+        maps = np.broadcast_to(
+            np.concatenate([rows] * subject.depth), (samples, len(units), tokens, tokens)
+        )
+        found[f"samples/{index}"] = xr.Dataset(
+            {"attention": (("sample", "unit", "query", "key"), maps.astype(np.float16))},
+            coords={
+                "layer": ("unit", [layer for layer, _ in units]),
+                "head": ("unit", [head for _, head in units]),
+                "query": ("query", np.arange(tokens)),
+            },
+            attrs={"prefix_tokens": subject.prefix},
+        )
+    return found
 
 
 def _features(subjects: Mapping[str, Subject]) -> list[tuple[str, int]]:

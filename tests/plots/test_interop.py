@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import replace
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -27,16 +26,21 @@ ARGUMENTS = {
     "fourier_curves": ("A",),
     "group_spread": ("attention_distance",),
     "interval_width": ("cka", *NAMES),
-    "probes_by_depth": ("linear",),
+    "probes_by_depth": (),
     "similarity_heatmap": ("cka", *NAMES),
     "sink_mass": ("A",),
     "token_curves": ("token_cosine",),
 }
 # Figures of several panels, each of which a function above draws alone.
 WHOLE = {
+    "accuracy_panels": (),
+    "attention_maps": ("A",),
     "attention_panels": ("attention_distance",),
     "cka_grid": (),
+    "depth_view": (),
     "differences": (["attention_distance"],),
+    "head_maps": ("A",),
+    "model_map": (),
     "similarity_grid": ("cka",),
 }
 OTHERS = {"paper_style", "save", "training_curves"}
@@ -50,13 +54,17 @@ def _closed_figures():
 
 @pytest.fixture(scope="module")
 def result():
-    subjects = {"A": Subject(2), "B": Subject(3)}
-    measured = comparison(
-        subjects, measures=(*ALL, *TOKENS), groups={"X": ["A"], "Y": ["B"]}, images=12
+    subjects = {"A": Subject(2), "B": Subject(3), "C": Subject(2)}
+    made = comparison(
+        subjects, measures=(*ALL, *TOKENS), groups={"X": ["A"], "Y": ["B"]}, images=12, samples=2
     )
-    score = Score("A", "a.pth", "linear", "digits", 100, "top1", 0.9, 0.85, 0.95)
-    layers = [replace(score, layer=layer, value=0.3 * layer) for layer in range(3)]
-    return measured.with_scores(Scores([score, *layers]))
+    rows = [Score(name, "", "knn", "digits", 360, "top1", 0.7, 0.6, 0.8) for name in NAMES]
+    rows += [
+        Score(name, "", "linear", "digits", 360, "top1", 0.5 + 0.1 * layer, layer=layer)
+        for name in NAMES
+        for layer in range(3)
+    ]
+    return made.with_scores(Scores(rows))
 
 
 def test_every_figure_is_in_one_of_these_lists():
@@ -101,7 +109,9 @@ def test_tidy_tables_go_into_seaborn_as_they_are(result):
     grid = sns.relplot(
         heads, x="layer", y="attention_distance", hue="head", col="model", kind="line"
     )
-    assert [ax.get_title() for ax in grid.axes.flat] == ["model = A", "model = B"]
+    assert [ax.get_title() for ax in grid.axes.flat] == [
+        f"model = {name}" for name in result.models
+    ]
     (x, y) = grid.axes.flat[0].lines[0].get_data()
     np.testing.assert_allclose(y, result.attention_distance("A").sel(head=0).values, rtol=1e-6)
     assert list(x) == [0, 1]

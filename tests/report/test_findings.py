@@ -38,7 +38,7 @@ def test_extremes_of_a_pair_with_intervals():
         "Layer 2 of A and layer 1 of B are most alike (CKA 0.90 [0.88, 0.92]), layers 3 and 0 "
         "least (-0.10 [-0.12, -0.08])."
     )
-    assert mean == "The mean over 12 layer pairs is 0.48."
+    assert mean == "The mean over 12 layer pairs is 0.48 [0.46, 0.50]."
 
 
 def test_ties_and_undefined_cells_are_said():
@@ -82,9 +82,9 @@ def test_pairs_are_ranked_by_their_mean():
     }
     subjects = {name: Subject(1) for name in "ABC"}
     result = comparison(subjects, cka=blocks, error=0.01)
-    assert findings.overall_similarity(result) == (
-        "Over all layers, A and B are the most alike pair of models (mean CKA 0.70) and A and C "
-        "the least (0.10)."
+    assert plain(findings.overall_similarity(result)) == (
+        "Over all layers, A and B are the most alike pair of models (mean CKA 0.70 [0.68, 0.72]) "
+        "and A and C the least (0.10 [0.08, 0.12])."
     )
     assert [plain(text) for text in findings.last_layers(result)] == [
         "CKA of the last layers is 0.70 [0.68, 0.72] for A and B, 0.20 [0.18, 0.22] for B and C "

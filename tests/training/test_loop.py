@@ -18,7 +18,14 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
 from vitprobe.data.labelled import load_labelled
-from vitprobe.errors import CheckpointError, DataError, RecipeError, ResultError, VitprobeError
+from vitprobe.errors import (
+    CheckpointError,
+    DataError,
+    LoggerError,
+    RecipeError,
+    ResultError,
+    VitprobeError,
+)
 from vitprobe.training import Recipe, Terminated, load_recipe, pretrain
 from vitprobe.training.methods.supervised import Supervised
 from vitprobe.training.run import Run
@@ -485,7 +492,7 @@ def test_a_logger_that_is_not_there_costs_no_earlier_run(
     encoder = _train("mae", tmp_path / "run")
     monkeypatch.setitem(sys.modules, "wandb", None)
     for option in ({"force": True}, {}):
-        with pytest.raises(RecipeError, match="'wandb' needs a package"):
+        with pytest.raises(LoggerError, match="'wandb' needs a package"):
             _train("mae", tmp_path / ("run" if option else "new"), loggers=["wandb"], **option)
     assert encoder.exists()
     assert not (tmp_path / "new").exists()

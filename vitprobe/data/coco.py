@@ -18,7 +18,7 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -250,13 +250,17 @@ class Detection:
         """Names of the categories, in the order of their ids."""
         return tuple(category.name for category in self.train.categories)
 
+    def with_channels(self, channels: int) -> Detection:
+        """The same, with images decoded to RGB (3) or luminance (1)."""
+        train, test = (part.with_channels(channels) for part in (self.train, self.test))
+        return replace(self, train=train, test=test)
 
-def load_coco(source: str | Path, *, channels: int = 3) -> Detection:
+
+def load_coco(source: str | Path) -> Detection:
     """The set of that folder, or `train=FILE.json,test=FILE.json`.
 
     Args:
         source: see the module.
-        channels: 3 to decode images to RGB, 1 to luminance.
 
     Raises:
         DataError: no such file, one that is not in COCO's format, images that are not there,
@@ -265,7 +269,7 @@ def load_coco(source: str | Path, *, channels: int = 3) -> Detection:
     text = str(source)
     apart = _APART.fullmatch(text)
     paths = [Path(part).expanduser() for part in apart.groups()] if apart else _found(Path(text))
-    train, test = (read_instances(path).with_channels(channels) for path in paths)
+    train, test = (read_instances(path) for path in paths)
     if train.categories != test.categories:
         odd = sorted(
             {(one.id, one.name) for one in train.categories}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -109,13 +109,20 @@ class Segmentation:
     test: Maps
     classes: tuple[str, ...]
 
+    def with_channels(self, channels: int) -> Segmentation:
+        """The same, with images decoded to RGB (3) or luminance (1)."""
+        train, test = (
+            replace(part, files=replace(part.files, channels=channels))
+            for part in (self.train, self.test)
+        )
+        return replace(self, train=train, test=test)
 
-def load_semantic(source: str | Path, *, channels: int = 3) -> Segmentation:
+
+def load_semantic(source: str | Path) -> Segmentation:
     """The set of a folder in VOC's or ADE's layout.
 
     Args:
         source: the folder.
-        channels: 3 to decode images to RGB, 1 to luminance.
 
     Raises:
         DataError: no such folder, neither layout, or images or maps that are not there.
@@ -123,6 +130,7 @@ def load_semantic(source: str | Path, *, channels: int = 3) -> Segmentation:
     root = Path(source).expanduser()
     if not root.is_dir():
         raise DataError(f"no folder '{root}' with images and maps of classes")
+    names: tuple[str, ...]
     if (root / "SegmentationClass").is_dir():
         pairs, names, shifted = [_voc(root, part) for part in ("train", "val")], _VOC, False
     elif (root / "annotations" / "training").is_dir():
@@ -138,7 +146,7 @@ def load_semantic(source: str | Path, *, channels: int = 3) -> Segmentation:
     train, test = (
         Maps(
             root,
-            Files(str(root), Names(images), None, _Paths(root, Names(images)), channels),
+            Files(str(root), Names(images), None, _Paths(root, Names(images))),
             Names(maps),
             len(classes),
             shifted,

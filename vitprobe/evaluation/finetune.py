@@ -101,8 +101,8 @@ class Finetune(Learning):
         """The rows of one model, fine-tuned in `folder`, or where there is none in a temporary
         one."""
         self.check(model)
-        for part in ("train", "test"):
-            labelled_part(data, part)
+        labelled_part(data, "train")
+        labelled_part(data, "test")
         with ExitStack() as stack:
             if folder is None:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -163,14 +163,15 @@ def _in_tiles(logits: Logits, query_prefix: int, key_prefix: int, distance: Tens
     finite = isinstance(logits, Products) and logits.mask is None
 
     def add(room: Tensor, shared: Iterator[tuple[slice, slice]]) -> None:
-        of, sides = None, ()
+        of: slice | None = None
+        sides: tuple[Logits, ...] = ()
         for some, rows in shared:
             if some != of:
                 of, whole = some, part_of(logits, some, slice(None))
                 parts = (slice(0, key_prefix), slice(key_prefix, keys))
                 sides = tuple(_of_keys(whole, part) for part in parts)
             shape = (some.stop - some.start, heads, rows.stop - rows.start, patches)
-            tile, weights = (part[: math.prod(shape)].view(shape) for part in room)
+            tile, weights = (half[: math.prod(shape)].view(shape) for half in room)
             aside = tile.new_empty((*shape[:-1], key_prefix))
             for side, out in zip(sides, (aside, tile), strict=True):
                 _write(side, rows, out)
@@ -185,7 +186,7 @@ def _in_tiles(logits: Logits, query_prefix: int, key_prefix: int, distance: Tens
                 torch.sum(weights, -1, out=distance_[:, :, patch:])
                 distance_.masked_fill_(entropy.isnan(), torch.nan)
 
-    _share(add, rooms, iter(tiles))
+    _share(add, rooms.unbind(), iter(tiles))
     return Rows(found[0], None if distance is None else found[1], found[2])
 
 

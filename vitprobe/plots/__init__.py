@@ -7,6 +7,7 @@ vitprobe's. Nothing here changes global style.
 """
 
 from vitprobe.plots.accuracy import accuracy, probes_by_depth
+from vitprobe.plots.accuracy_panels import accuracy_panels
 from vitprobe.plots.attention import (
     attention_distance,
     attention_entropy,
@@ -15,7 +16,10 @@ from vitprobe.plots.attention import (
     sink_mass,
 )
 from vitprobe.plots.curves import first_direction_share, fourier_curves, token_curves
+from vitprobe.plots.depth import depth_view
 from vitprobe.plots.differences import differences, group_spread
+from vitprobe.plots.models import model_map
+from vitprobe.plots.pictures import attention_maps, head_maps
 from vitprobe.plots.similarity import (
     cka_grid,
     cka_heatmap,
@@ -28,17 +32,22 @@ from vitprobe.plots.training import training_curves
 
 __all__ = [
     "accuracy",
+    "accuracy_panels",
     "attention_distance",
     "attention_entropy",
+    "attention_maps",
     "attention_overlay",
     "attention_panels",
     "cka_grid",
     "cka_heatmap",
+    "depth_view",
     "differences",
     "first_direction_share",
     "fourier_curves",
     "group_spread",
+    "head_maps",
     "interval_width",
+    "model_map",
     "paper_style",
     "probes_by_depth",
     "save",

@@ -70,7 +70,7 @@ def accuracy(
     if not len(table):
         raise ResultError("no scores of whole models to draw; make some with vitprobe evaluate")
     looks = _Looks(scores, table)
-    table["row"] = _labels(table)
+    table["row"] = labels_of(table)
     rows = list(dict.fromkeys(table["row"]))
     kinds = looks.kinds
     step = min(0.22, 0.8 / len(kinds))
@@ -132,7 +132,7 @@ def probes_by_depth(
         how = "--layers" if by == "layer" else "vitprobe evaluate layers"
         raise ResultError(f"no scores{of} for each {by} to draw; make some with {how}")
     table = table[table["protocol"] == table["protocol"].iloc[0]].reset_index(drop=True)
-    table["row"] = _labels(table)
+    table["row"] = labels_of(table)
     row = table["row"].iloc[0]
     table = table[table["row"] == row]
     looks = _Looks(scores, table)
@@ -218,8 +218,8 @@ def _read(scores: Comparison | Scores, protocols: Sequence[str]) -> pd.DataFrame
     return pd.concat([table[table["protocol"] == name] for name in order]) if order else table
 
 
-def _labels(table: pd.DataFrame) -> list[str]:
-    """What a row of a figure is: its protocol, and what else scores of one model differ in."""
+def labels_of(table: pd.DataFrame) -> list[str]:
+    """Of each score its row in a figure: the protocol, and what else those of a model differ in."""
     rows = [{**row, **json.loads(row["settings"])} for row in table.to_dict("records")]
     several = [name for name in ("dataset", "metric") if table[name].nunique() > 1]
     # What varies within one model was asked for; what varies between models was chosen for each.

@@ -290,12 +290,7 @@ def _boxes(
     )
     if sum(row.size for row in finite) > _MOST_POINTS:
         return
-    x = np.full(values.shape, np.nan)
-    for row, layer in enumerate(result.attention_layers(name)):
-        # Layers may differ in heads.
-        count = min(layer["heads"], values.sizes["head"])
-        x[row, :count] = layers[row] + (np.linspace(-0.28, 0.28, count) if count > 1 else 0)
-    x = x.ravel()
+    x = head_places(result, name, values).ravel()
     low, high = (end.values.ravel() for end in ends)
     told = np.isfinite(low) & np.isfinite(high)
     ax.vlines(x[told], low[told], high[told], color=color, lw=0.6, zorder=2.9)
@@ -309,6 +304,17 @@ def _boxes(
         zorder=3,
         clip_on=False,
     )
+
+
+def head_places(result: Comparison, name: str, values: xr.DataArray) -> np.ndarray:
+    """Where the points of heads (layer, head) lie along the axis of layers, nan for none."""
+    x = np.full(values.shape, np.nan)
+    for row, layer in enumerate(result.attention_layers(name)):
+        # Layers may differ in heads.
+        count = min(layer["heads"], values.sizes["head"])
+        offsets = np.linspace(-0.28, 0.28, count) if count > 1 else 0
+        x[row, :count] = values["layer"].values[row] + offsets
+    return x
 
 
 def _dress(

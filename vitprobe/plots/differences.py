@@ -105,7 +105,7 @@ def group_spread(result: Comparison, measure: str, *, ax: Axes | None = None) ->
         drawn = []
         for row, group in enumerate(rows_of(means)):
             names = result.groups[group.group]
-            seeds = np.array([_of_seed(result, measure, name, relative) for name in names])
+            seeds = np.array([of_seed(result, measure, name, relative) for name in names])
             color = color_of(result, names[0])
             axes.plot(
                 [group.low, group.high],
@@ -132,7 +132,8 @@ def group_spread(result: Comparison, measure: str, *, ax: Axes | None = None) ->
     return axes
 
 
-def _of_seed(result: Comparison, measure: str, name: str, relative: bool) -> float:
+def of_seed(result: Comparison, measure: str, name: str, relative: bool) -> float:
+    """The number of one seed that `group_spread` draws."""
     if result.is_per_image(measure):
         images = result.layer_images(measure, name, relative=relative, patches=True)
         return float(images.mean("layer").mean())

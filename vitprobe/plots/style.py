@@ -67,7 +67,8 @@ def paper_style(rc: Mapping[str, Any] | None = None) -> Iterator[None]:
         ...     axes[0].title.get_fontsize()
         7.5
     """
-    with style(), mpl.rc_context(rc=dict(rc or {})):
+    changes: Any = dict(rc or {})
+    with style(), mpl.rc_context(rc=changes):
         yield
 
 

@@ -9,62 +9,40 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from vitprobe import plots
+from vitprobe.errors import ResultError
 from vitprobe.measures.registry import MEASURES
+from vitprobe.plots.accuracy_panels import by_protocol
 from vitprobe.plots.attention import heads, limits_of
 from vitprobe.plots.differences import forest
+from vitprobe.plots.pictures import telling_heads
 from vitprobe.plots.style import (
-    COLORS,
-    GRID,
-    INK,
-    MUTED,
     attention_noun,
     figure_of,
     has_prefix,
     measured,
     subjects,
 )
-from vitprobe.report import findings
+from vitprobe.report import findings, numbers
+from vitprobe.report.svg import inline
+from vitprobe.wording import join
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from vitprobe.report.lists import Lists
+    from vitprobe.report.numbers import Numbers
     from vitprobe.results import Comparison
 
-
-# Cells of a heatmap or colour bar, as matplotlib writes them one after another.
-_CELL = re.compile(
-    r'<path d="M ([\d.-]+) ([\d.-]+) L ([\d.-]+) ([\d.-]+) L ([\d.-]+) ([\d.-]+) L [^"]+" '
-    r'clip-path="[^"]+" style="fill: (#\w+)(?:; stroke: \7;[^"]*)?"/>'
-)
-_CELLS = re.compile(r'(?:<path d="[^"]+" fill="#\w+"/> ?)+')
-# Cells that do not exceed their floor: nothing else has these colours.
-_DOTS = re.compile(
-    r'<use href="[^"]+" x="[^"]+" y="[^"]+" style="fill: (?P<color>#ffffff|#111111)"/>'
-    r'(?: ?<use href="[^"]+" x="[^"]+" y="[^"]+" style="fill: (?P=color)"/>)*'
-)
-# Marks and lines in a row that look the same.
-_MARKS = re.compile(
-    r'(?P<use><use href="[^"]+") (?P<at>x="[^"]+" y="[^"]+") (?P<style>style="[^"]*")/>'
-    r'(?: ?(?P=use) x="[^"]+" y="[^"]+" (?P=style)/>)+'
-)
-_LINES = re.compile(
-    r'<path d="[^"]+" (?P<look>(?:clip-path="[^"]+" )?style="fill: none[^"]*")/>'
-    r'(?: ?<path d="[^"]+" (?P=look)/>)+'
-)
-_THEMED = {
-    INK: "figure-ink",
-    MUTED: "figure-muted",
-    GRID: "figure-grid",
-    **{color: f"model-{index}" for index, color in enumerate(COLORS)},
-}
-"""CSS variables that stand for the colours of a figure on a page."""
+_MOST_WIDTHS = 15
+"""Heatmaps up to which each has a figure of the widths of its intervals: those of five models."""
+_MOST_CELLS = 20_000
+"""Cells of other measures of similarity whose numbers the page holds."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +58,20 @@ class Picture:
     """Of a heatmap, the widths of its intervals."""
     wide: bool = False
     """Made for a page and not for a column."""
+    numbers: tuple[Numbers, ...] = ()
+    """What it shows, an axes a table."""
+    points: int = 0
+    """Its width in pt, by which the page scales all figures alike."""
+    models: tuple[str, ...] = ()
+    """Which one or two models a figure is of, where the page can choose among them."""
 
 
 @dataclass(frozen=True)
 class Pictures:
+    map: tuple[Picture, ...]
+    """Which models are alike; none of fewer than three."""
+    depth: tuple[Picture, ...]
+    """Similarity, attention and accuracy along depth."""
     pairs: tuple[Picture, ...]
     """CKA of two models."""
     selves: tuple[Picture, ...]
@@ -100,6 +88,8 @@ class Pictures:
     """By model, every head of every main attention measure that can differ from 0."""
     others: tuple[Picture, ...]
     """All other attention measures, of all models in one axes."""
+    photographs: dict[str, tuple[Picture, ...]]
+    """By model, its attention over the first images, where maps were kept."""
     tokens: tuple[Picture, ...]
     """Token measures of all models in one axes."""
     spectra: tuple[Picture, ...]
@@ -108,8 +98,12 @@ class Pictures:
     """Paired differences between models, by measure."""
     seeds: tuple[Picture, ...]
     """Seeds of each method, by measure."""
+    accuracy: tuple[Picture, ...]
+    """Scores of whole models, where some are joined to the result."""
     wholes: tuple[tuple[str, str], ...]
     """(file name, what it shows) of the figures saved for papers, which the page only links."""
+    images: dict[str, Markup]
+    """Bitmaps that the figures show, by id: each is on the page once."""
 
 
 def draw(result: Comparison, folder: Path, lists: Lists) -> Pictures:
@@ -132,23 +126,29 @@ def draw(result: Comparison, folder: Path, lists: Lists) -> Pictures:
         name for name in attention if name not in main and findings.is_defined(result, name, names)
     ]
     of_tokens = [name for name in by_group["tokens"] if findings.is_defined(result, name, names)]
+    images: dict[str, Markup] = {}
+    picture = partial(_picture, folder, images)
+    heatmaps = len(names) * (len(names) + 1) // 2
 
     def heatmap(a: str, b: str) -> Picture:
         name = f"cka_{slugs[a]}" if a == b else f"cka_{slugs[a]}_{slugs[b]}"
         width = None
-        if result.interval("cka", a, b)[0].notnull().any():
-            width = _picture(
+        if heatmaps <= _MOST_WIDTHS and result.interval("cka", a, b)[0].notnull().any():
+            width = picture(
                 partial(plots.interval_width, result, "cka", a, b),
-                folder / f"{name}_width",
+                f"{name}_width",
                 "Heatmap of the widths of the intervals of CKA",
                 [findings.widths(result, "cka", a, b)],
+                lambda ax: [numbers.of_heatmap(result, "cka", a, b, ax)],
             )
-        return _picture(
+        return picture(
             partial(plots.cka_heatmap, result, a, b),
-            folder / name,
+            name,
             "Heatmap of CKA between layers",
             findings.similarity(result, a, b),
+            lambda ax: [numbers.of_heatmap(result, "cka", a, b, ax)],
             width=width,
+            models=(a, b),
         )
 
     pairs: list[Picture] = []
@@ -162,26 +162,45 @@ def draw(result: Comparison, folder: Path, lists: Lists) -> Pictures:
             if a in result.references:
                 twins.append(heatmap(a, result.references[a]))
         shares.append(
-            _picture(
+            picture(
                 partial(plots.first_direction_share, result),
-                folder / "first_direction_share",
+                "first_direction_share",
                 "First-direction share by layer, all models",
                 [
                     findings.largest_share(result),
                     findings.band_of_tokens(result, "first_direction_share"),
                 ],
+                lambda ax: [numbers.of_tokens(result, "first_direction_share", ax)],
             )
         )
         _save(plots.similarity_grid(result, "cka", models=names), folder / "cka_all")
         wholes.append(("cka_all", "CKA of all models"))
-    grids = [
-        _picture(
+
+    cells = 0
+
+    def grid(measure: str) -> Picture:
+        nonlocal cells
+        layers = sum(result.similarity(measure, a, a).sizes["layer_a"] for a in names)
+        cells += layers**2
+        within = cells <= _MOST_CELLS
+        caption = findings.grid(result, measure, names)
+        if not within:
+            caption.append(f"Its numbers are in tables/{measure}.csv alone: there are too many.")
+
+        def of_grid(figure: Figure) -> list[Numbers]:
+            return numbers.of_grid(result, measure, names, figure)
+
+        return picture(
             partial(plots.similarity_grid, result, measure, models=names),
-            folder / measure,
+            measure,
             f"Heatmaps of {MEASURES[measure].title} between layers, all pairs of models",
-            findings.grid(result, measure, names),
+            caption,
+            of_grid if within else None,
             wide=len(names) > 1,
         )
+
+    grids = [
+        grid(measure)
         for measure in by_group["similarity"]
         if measure != "cka" and findings.is_defined(result, measure, names)
     ]
@@ -195,11 +214,12 @@ def draw(result: Comparison, folder: Path, lists: Lists) -> Pictures:
             if measure == "sink_mass" and not has_prefix(result, name):
                 continue
             by_model[name].append(
-                _picture(
+                picture(
                     partial(heads, result, measure, name, relative=relative, limits=limits),
-                    folder / f"{measure}_{slugs[name]}",
+                    f"{measure}_{slugs[name]}",
                     f"{title} of every head by {attention_noun(result, (name,))}",
                     [findings.trend(result, measure, name)],
+                    partial(_of_heads, result, measure, name, relative),
                 )
             )
         _save(plots.attention_panels(result, measure, models=names), folder / f"{measure}_all")
@@ -211,32 +231,35 @@ def draw(result: Comparison, folder: Path, lists: Lists) -> Pictures:
         about = [] if measure in main else [MEASURES[measure].what]
         # What is the same in all other figures is said once above them.
         band = [findings.band_of_overlay(result, measure)] if measure in main or fused else []
-        return _picture(
+        return picture(
             partial(plots.attention_overlay, result, measure),
-            folder / measure,
+            measure,
             f"{title} by {attention_noun(result, having)}, all models",
             [*about, *band],
+            lambda ax: [numbers.of_attention(result, measure, ax)],
         )
 
     tokens = [
-        _picture(
+        picture(
             partial(plots.token_curves, result, measure),
-            folder / measure,
+            measure,
             f"{MEASURES[measure].title} by layer, all models",
             [
                 MEASURES[measure].what,
                 findings.token_trend(result, measure),
                 findings.band_of_tokens(result, measure),
             ],
+            partial(_of_tokens, result, measure),
         )
         for measure in of_tokens
     ]
     spectra = [
-        _picture(
+        picture(
             partial(plots.fourier_curves, result, name),
-            folder / f"fourier_{slugs[name]}",
+            f"fourier_{slugs[name]}",
             f"Fourier amplitudes of the tokens of {name}, by layer",
             [findings.spectrum(result, name)],
+            partial(_of_spectrum, result, name),
         )
         for name in (names if "fourier_amplitude" in of_tokens else ())
         if findings.is_defined(result, "fourier_amplitude", (name,))
@@ -245,29 +268,45 @@ def draw(result: Comparison, folder: Path, lists: Lists) -> Pictures:
     drawn = table[table["model_a"].isin(names)]
     drawn = drawn[drawn["model_b"].isin([*names, *result.references.values()])]
     forests = [
-        _picture(
+        picture(
             partial(forest, result, drawn[drawn["measure"] == measure]),
-            folder / f"differences_{measure}",
+            f"differences_{measure}",
             f"Paired differences in {MEASURES[measure].title} between models",
             [findings.forest(drawn[drawn["measure"] == measure], len(table))],
+            partial(numbers.of_forest, drawn[drawn["measure"] == measure]),
         )
         for measure in [*main, *by_group["tokens"]]
         if (drawn["measure"] == measure).any()
     ]
     means = lists.group_means
     seeds = [
-        _picture(
+        picture(
             partial(plots.group_spread, result, measure),
-            folder / f"seeds_{measure}",
+            f"seeds_{measure}",
             f"{MEASURES[measure].title} of every seed, by method",
             [findings.seeds(means, measure)],
+            partial(_of_seeds, result, measure),
         )
         for measure in [*main, *of_tokens]
         if means is not None
         and findings.several_seeds(result)
         and (means["seeds"][means["measure"] == measure] > 0).all()
     ]
+    scored = by_protocol(result)
+    accuracy = [
+        picture(
+            partial(plots.accuracy_panels, result),
+            "accuracy",
+            "Accuracy of every model under every protocol",
+            findings.accuracy_caption(scored),
+            partial(numbers.of_scores, scored),
+            wide=len(scored) > 1,
+        )
+        for _ in scored[:1]
+    ]
     return Pictures(
+        _map(result, lists, picture),
+        _depth(result, picture),
         tuple(pairs),
         tuple(selves),
         tuple(twins),
@@ -276,42 +315,104 @@ def draw(result: Comparison, folder: Path, lists: Lists) -> Pictures:
         tuple(overlay(measure) for measure in main),
         {name: tuple(pictures) for name, pictures in by_model.items() if pictures},
         tuple(overlay(measure) for measure in others),
+        {
+            name: tuple(_photographs(result, name, slugs[name], picture))
+            for name in names
+            if result.samples(name) is not None
+        },
         tuple(tokens),
         tuple(spectra),
         tuple(forests),
         tuple(seeds),
+        tuple(accuracy),
         tuple(wholes),
+        images,
     )
 
 
-def inline(svg: str, *, prefix: str, label: str) -> Markup:
-    """An SVG file from matplotlib as an element for an HTML page.
+def _map(result: Comparison, lists: Lists, picture: Callable[..., Picture]) -> tuple[Picture, ...]:
+    names, table = subjects(result), lists.models
+    if len(names) < 3 or table is None or table["distance"].isnull().any():
+        return ()
+    return (
+        picture(
+            partial(plots.model_map, result),
+            "models",
+            "Dendrogram of the models beside the matrix of their mean CKA",
+            findings.map_caption(result, table),
+            lambda figure: [numbers.of_map(table, names, figure)],
+            wide=True,
+        ),
+    )
 
-    Ids get `prefix`, so that several figures can share a page; colours of text, axes and models
-    become CSS variables, so that they follow the theme; coordinates keep two decimals (1/100 pt).
-    """
-    _, box, _ = re.split(r'viewBox="([^"]+)"', svg, maxsplit=1)
-    body = svg[svg.index("<defs>") :]
-    body = re.sub(r"\s*\n\s*", " ", body).replace("> <", "><")
-    body = re.sub(r"<style.*?</style>", "", body)
-    body = re.sub(r'<g id="[^"]+">', "<g>", body)
-    body = re.sub(r'<g id="[^"]+"/>', "", body)
-    body = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', body)
-    body = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", body)
-    body = re.sub(r'xlink:href="#([^"]+)"', rf'href="#{prefix}-\1"', body)
-    # Inside tags alone: a tick label of 0.005 is no coordinate.
-    body = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag.group()), body)
-    body = re.sub(r" font-family: [^;]+;", "", body)
-    body = re.sub(r' transform="rotate\(-0 [^"]+"', "", body)
-    # Paths that show nothing, such as undefined cells.
-    body = re.sub(r'<path d="[^"]+"(?: clip-path="[^"]+")? style="fill: none"/> ?', "", body)
-    body = _CELLS.sub(_merged, _CELL.sub(_cell, body))
-    body = _DOTS.sub(_dotted, body)
-    body = _MARKS.sub(_with_style_once, body)
-    body = _LINES.sub(_as_one_path, body)
-    for color, variable in _THEMED.items():
-        body = body.replace(color, f"var(--{variable})")
-    return Markup(f'<svg role="img" aria-label="{escape(label)}" viewBox="{box}">{body}')
+
+def _depth(result: Comparison, picture: Callable[..., Picture]) -> tuple[Picture, ...]:
+    try:
+        drawn = partial(plots.depth_view, result)
+        caption = findings.depth_caption(result)
+        about = "Along depth"
+        return (
+            picture(drawn, "depth", about, caption, partial(numbers.of_depth, result), wide=True),
+        )
+    except ResultError:
+        # Token measures and similarity of other kinds alone have no common axis.
+        return ()
+
+
+def _photographs(
+    result: Comparison, name: str, slug: str, picture: Callable[..., Picture]
+) -> list[Picture]:
+    maps = result.samples(name)
+    noun = attention_noun(result, (name,))
+    found = [
+        picture(
+            partial(plots.attention_maps, result, name),
+            f"maps_{slug}",
+            f"Attention of the patches of {name} over three images, by {noun}",
+            [f"Where the patches of {name} look, mean over heads, by {noun}."],
+            wide=True,
+        )
+    ]
+    if maps is not None and int(maps.attrs["prefix_tokens"]):
+        found.append(
+            picture(
+                partial(plots.attention_maps, result, name, query="class"),
+                f"maps_class_{slug}",
+                f"Attention of the first prefix token of {name} over three images, by {noun}",
+                [f"Where the first prefix token of {name} looks, mean over heads, by {noun}."],
+                wide=True,
+            )
+        )
+    if telling := telling_heads(result, name):
+        listed = join([f"{one.why} ({noun} {one.layer}, head {one.head})" for one in telling])
+        found.append(
+            picture(
+                partial(plots.head_maps, result, name, telling),
+                f"maps_heads_{slug}",
+                f"Attention of single heads of {name} from one patch over three images",
+                [f"What single heads of {name} look at from the marked patch: {listed}."],
+                wide=True,
+            )
+        )
+    return found
+
+
+def _of_heads(
+    result: Comparison, measure: str, name: str, relative: bool, ax: Axes
+) -> list[Numbers]:
+    return [numbers.of_heads(result, measure, name, relative=relative, ax=ax)]
+
+
+def _of_tokens(result: Comparison, measure: str, ax: Axes) -> list[Numbers]:
+    return [numbers.of_tokens(result, measure, ax)]
+
+
+def _of_spectrum(result: Comparison, name: str, ax: Axes) -> list[Numbers]:
+    return [numbers.of_spectrum(result, name, ax)]
+
+
+def _of_seeds(result: Comparison, measure: str, ax: Axes) -> list[Numbers]:
+    return [numbers.of_seeds(result, measure, ax)]
 
 
 def file_names(models: tuple[str, ...]) -> dict[str, str]:
@@ -327,68 +428,29 @@ def file_names(models: tuple[str, ...]) -> dict[str, str]:
     return names
 
 
-def _cell(path: re.Match[str]) -> str:
-    """A cell in few bytes: to 1/10 pt, and unclipped, for it lies inside the axes."""
-    x, y, x_1, y_1, right, top = map(float, path.groups()[:6])
-    if (x_1, y_1) not in ((right, y), (x, top)):
-        return path.group()
-    ends = (f"{end:.1f}".removesuffix(".0") for end in (x, y, right, top))
-    return '<path d="M{0} {1}H{2}V{3}H{0}z" fill="{4}"/>'.format(*ends, path[7])
-
-
-def _merged(run: re.Match[str]) -> str:
-    """Cells side by side as one path for each colour, and neighbours of one colour as one cell.
-
-    The page draws them with crisp edges, and printed with an edge of their colour, so that no seams
-    part them.
-    """
-    by_color: dict[str, list[list[str]]] = {}
-    cells = re.findall(r'd="M(\S+) (\S+)H(\S+)V(\S+)H\S+z" fill="([^"]+)"', run.group())
-    for left, low, right, top, color in cells:
-        drawn = by_color.setdefault(color, [])
-        if drawn and drawn[-1][1:] == [low, left, top]:
-            drawn[-1][2] = right
-        else:
-            drawn.append([left, low, right, top])
-    paths = "".join(
-        f'<path d="{"".join("M{0} {1}H{2}V{3}H{0}z".format(*cell) for cell in drawn)}" '
-        f'color="{color}"/>'
-        for color, drawn in by_color.items()
-    )
-    return f'<g class="cells">{paths}</g>'
-
-
-def _dotted(run: re.Match[str]) -> str:
-    """Dots as one path of lines without length, which the page draws with round ends."""
-    places = re.findall(r'x="([^"]+)" y="([^"]+)"', run.group())
-    path = "".join(f"M{float(x):.1f} {float(y):.1f}h0" for x, y in places)
-    return f'<path class="dots" d="{path}" stroke="{run["color"]}"/>'
-
-
-def _with_style_once(run: re.Match[str]) -> str:
-    marks = run.group().replace(f" {run['style']}", "").replace("/> <", "/><")
-    return f"<g {run['style']}>{marks}</g>"
-
-
-def _as_one_path(run: re.Match[str]) -> str:
-    paths = "".join(re.findall(r'd="([^"]+)"', run.group()))
-    return f'<path d="{paths}" {run["look"]}/>'
-
-
 def _picture(
+    folder: Path,
+    images: dict[str, Markup],
     plot: Callable[[], Axes | Figure],
-    stem: Path,
+    name: str,
     kind: str,
     caption: list[str],
+    numbers_of: Callable[..., Sequence[Numbers]] | None = None,
     *,
     width: Picture | None = None,
     wide: bool = False,
+    models: tuple[str, ...] = (),
 ) -> Picture:
-    _save(plot(), stem)
-    svg = stem.with_name(f"{stem.name}.svg").read_text(encoding="utf-8")
-    prefix = re.sub(r"[^A-Za-z0-9]+", "-", stem.name)
+    drawn = plot()
+    plots.save(drawn, folder / name)
+    found = tuple(numbers_of(drawn)) if numbers_of else ()
+    points = round(72 * figure_of(drawn).get_figwidth())
+    plt.close(figure_of(drawn))
+    svg = (folder / f"{name}.svg").read_text(encoding="utf-8")
+    prefix = re.sub(r"[^A-Za-z0-9]+", "-", name)
     label = f"{kind}. {' '.join(caption)}"
-    return Picture(stem.name, inline(svg, prefix=prefix, label=label), tuple(caption), width, wide)
+    element = inline(svg, prefix=prefix, label=label, images=images)
+    return Picture(name, element, tuple(caption), width, wide, found, points, models)
 
 
 def _save(drawn: Figure | Axes, stem: Path) -> None:

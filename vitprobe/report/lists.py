@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from vitprobe.tables import between_models
+
 if TYPE_CHECKING:
     from vitprobe.results import Comparison
 
@@ -20,6 +22,8 @@ class Lists:
     group_differences: pd.DataFrame | None
     group_similarity: dict[str, pd.DataFrame]
     """By similarity measure; empty without groups."""
+    models: pd.DataFrame | None = None
+    """CKA and distance of models as wholes; None without CKA."""
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """Those that hold anything, by file name."""
@@ -27,6 +31,7 @@ class Lists:
             "differences": self.differences,
             "group_means": self.group_means,
             "group_differences": self.group_differences,
+            "models": self.models,
         }
         if self.group_similarity:
             tables["group_similarity"] = pd.concat(
@@ -38,12 +43,14 @@ class Lists:
 def lists_of(result: Comparison) -> Lists:
     """All lists of a result; verdicts hold together within each of them (Holm)."""
     differences = result.differences()
+    models = between_models(result) if "cka" in result.measures else None
     if not result.groups:
-        return Lists(differences, None, None, {})
+        return Lists(differences, None, None, {}, models)
     alike = [name for name in result.measures if result.group_of(name) == "similarity"]
     return Lists(
         differences,
         result.group_means(),
         result.group_differences(),
         {measure: result.group_similarity(measure) for measure in alike},
+        models,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,26 +10,24 @@ import jinja2
 from markupsafe import Markup
 
 from vitprobe.measures.registry import MEASURES
+from vitprobe.plots.accuracy_panels import by_protocol
 from vitprobe.plots.differences import UNDECIDED, rows_of
 from vitprobe.plots.style import (
     attention_noun,
-    color_index,
     has_prefix,
     kind_of,
     measured,
     subjects,
 )
 from vitprobe.report import findings
+from vitprobe.report.cards import card, heads, parameters, sides
 from vitprobe.report.words import (
     LEVEL,
-    NBSP,
     bracket,
     count,
     digits_of,
-    number,
     of_difference,
     p_value,
-    percent,
     show,
     spread,
     with_minus,
@@ -46,33 +43,15 @@ if TYPE_CHECKING:
     from vitprobe.results import Comparison
 
 _HERE = Path(__file__).parent
-_READING_ORDER = (
-    "width",
-    "depth",
-    "heads",
-    "patch_size",
-    "grid",
-    "prefix_tokens",
-    "mlp_ratio",
-    "activation",
-    "norm_eps",
-    "final_norm",
-    "position_embedding",
-    "mean",
-    "std",
-)
+# Up to so many, all figures stand side by side; of more, the reader chooses.
+_MOST_PAIRS = 3
+_MOST_MODELS = 3
+
+# Columns of accuracy in the table of models; the section on accuracy has all.
+_MOST_SCORES = 2
 
 # Measures that see only the attention that goes to patches, made to sum to 1 again.
 _RENORMALISED = ("attention_distance", "attention_entropy")
-
-_KINDS = {
-    "global": "global",
-    "windows": "in windows",
-    "pooled keys": "over pooled keys",
-    "class token": "of the class token",
-    "channels": "over channels",
-    "unknown places": "of unknown places",
-}
 
 GENERATOR = '<meta name="generator" content="vitprobe">'
 """By this line an earlier report is known."""
@@ -99,13 +78,15 @@ def render(result: Comparison, pictures: Pictures, lists: Lists) -> str:
     return environment.get_template("template.html").render(
         generator=Markup(GENERATOR),
         css=Markup((_HERE / "style.css").read_text(encoding="utf-8")),
+        script=Markup((_HERE / "script.js").read_text(encoding="utf-8")),
         title=_title(tuple(dict.fromkeys(kind_of(result, name) for name in names))),
         lead=_lead(result),
         created=f"{created.day} {created:%B %Y}",
         contents=_contents(pictures, lists, undefined, bool(refused)),
+        headline=findings.headline(result, lists),
         summary=findings.summary(result, lists),
         glance=_glance(result),
-        models=[_card(result, name) for name in names],
+        models=[card(result, name) for name in names],
         twins=[(name, twin) for name, twin in result.references.items()],
         left_out=_left_out(result),
         assumed_heads=findings.assumed_heads(result),
@@ -125,6 +106,8 @@ def render(result: Comparison, pictures: Pictures, lists: Lists) -> str:
         level=LEVEL,
         seeds=_seeds(result, lists),
         tables=[*measures, *lists.tables()],
+        scores=_scores(result),
+        choose=_choosing(pictures),
         measures={name: MEASURES[name] for name in measures},
         methods=[(MEASURES[name], _method(MEASURES[name])) for name in measures],
         settings=_settings(result, attention),
@@ -183,15 +166,18 @@ def _contents(
 ) -> list[tuple[str, str]]:
     attention = pictures.overlays or pictures.others or undefined["attention"] or refused
     sections = [
+        ("overview", "Overview", pictures.map or pictures.depth),
+        ("models", "Models", True),
         ("similarity", "Similarity", pictures.selves or pictures.grids or undefined["similarity"]),
         ("attention", "Attention", attention),
+        ("photographs", "Photographs", pictures.photographs),
         ("tokens", "Tokens", pictures.tokens or undefined["tokens"]),
+        ("accuracy", "Accuracy", pictures.accuracy),
         ("differences", "Differences", len(lists.differences)),
         ("seeds", "Seeds", lists.group_means is not None),
     ]
     return [
         ("summary", "Summary"),
-        ("models", "Models"),
         *((id_, name) for id_, name, held in sections if held),
         ("files", "Files"),
         ("methods", "Methods"),
@@ -236,6 +222,34 @@ def _differences(table: pd.DataFrame) -> list[dict[str, Any]]:
         }
         for measure, rows in table.groupby("measure", sort=False)
     ]
+
+
+def _choosing(pictures: Pictures) -> dict[str, bool]:
+    """Of which figures there are so many that the page shows one at a time."""
+    return {
+        "pairs": len(pictures.pairs) > _MOST_PAIRS,
+        "heads": len(pictures.heads) > _MOST_MODELS,
+        "photographs": len(pictures.photographs) > 2,
+    }
+
+
+def _scores(result: Comparison) -> list[dict[str, Any]]:
+    """By protocol, a heading and the rows of its table, best model first."""
+    found = []
+    for table in by_protocol(result):
+        units = str(table.attrs["units"])
+        ranked = table.sort_values("value", ascending=False, kind="stable")
+        rows = [
+            (
+                row.model,
+                bracket(row.value, row.low, row.high, units),
+                str(row.images),
+                str(row.seeds),
+            )
+            for row in rows_of(ranked)
+        ]
+        found.append({"title": table.attrs["title"], "metric": table.attrs["metric"], "rows": rows})
+    return found
 
 
 def _seeds(result: Comparison, lists: Lists) -> dict[str, Any] | None:
@@ -320,10 +334,10 @@ def _glance(result: Comparison) -> dict[str, Any]:
     for name in names:
         description = result.describe(name)
         facts = {key: fact["value"] for key, fact in description["facts"].items()}
-        columns["Parameters"][name] = _parameters(description["parameters"])
+        columns["Parameters"][name] = parameters(description["parameters"])
         depth = show(facts["depth"])
-        heads = f"{depth} × {_heads(facts['heads'])}" if facts.get("heads") else depth
-        columns["Blocks × heads"][name] = heads
+        numbered = f"{depth} × {heads(facts['heads'])}" if facts.get("heads") else depth
+        columns["Blocks × heads"][name] = numbered
         columns["Patch grid"][name] = _grids(result, name)
     for measure in ("attention_distance", "attention_entropy"):
         if measure in result.measures:
@@ -336,25 +350,16 @@ def _glance(result: Comparison) -> dict[str, Any]:
             name: findings.overall(result, "sink_mass", name) if name in having else "–"
             for name in names
         }
+    for table in by_protocol(result)[:_MOST_SCORES]:
+        units = str(table.attrs["units"])
+        texts = {row.model: bracket(row.value, row.low, row.high, units) for row in rows_of(table)}
+        title = f"{table.attrs['title']}, {table.attrs['metric']}"
+        columns[title] = {name: texts.get(name, "–") for name in names}
     return {
         "columns": list(columns),
         "rows": list(columns.values()),
-        "attention": len(columns) > 3,
+        "attention": any(name in result.measures for name in findings.MAIN),
     }
-
-
-def _sides(value: Any) -> str:
-    """A pair of sides, or that of each stage of a model: `56 × 56 / 28 × 28`."""
-    if value is None:
-        return "unknown"
-    if not isinstance(value[0], int | float):
-        return " / ".join(map(_sides, value))
-    return f"{NBSP}×{NBSP}".join(map(show, value))
-
-
-def _heads(value: Any) -> str:
-    """A number of heads, or those that attention layers have: `3 / 6 / 12`."""
-    return show(list(dict.fromkeys(value)) if isinstance(value, list | tuple) else value)
 
 
 def _grids(result: Comparison, name: str) -> str:
@@ -362,7 +367,7 @@ def _grids(result: Comparison, name: str) -> str:
     description = result.describe(name)
     grids = [layout["grid"] for layout in description.get("layouts", ())]
     grids = grids or [description["facts"]["grid"]["value"]]
-    return " → ".join(dict.fromkeys(map(_sides, (grids[0], grids[-1]))))
+    return " → ".join(dict.fromkeys(map(sides, (grids[0], grids[-1]))))
 
 
 def _first_to_last(result: Comparison, measure: str, name: str) -> str:
@@ -406,99 +411,6 @@ def _without_prefix(result: Comparison, attention: tuple[str, ...]) -> dict[str,
     }
 
 
-def _card(result: Comparison, name: str) -> dict[str, Any]:
-    """What a model's card shows: its description, its colour, and two lines of text."""
-    description = result.describe(name)
-    size = " × ".join(map(str, result.input_size(name)))
-    headline = f"{_parameters(description['parameters'])} parameters, input {size}"
-    if description["dialect"]:
-        headline += f", {description['dialect']} checkpoint"
-    training = {
-        key.replace("_", " "): value
-        for key, value in sorted(
-            (description["training"] or {}).items(), key=lambda item: (item[0] != "method", item[0])
-        )
-        if not isinstance(value, dict | list) and not key.endswith("sha256")
-    }
-    if training:
-        headline += f"; trained by vitprobe: {show(training)}"
-    return {
-        **description,
-        "facts": [*_facts(description["facts"]), *_attention_fact(result, name)],
-        "color": color_index(result, name),
-        "headline": headline,
-        "loading": _loading(description["report"]),
-        "nonfinite": description["nonfinite"],
-        "probe": _probe(description.get("probe")),
-    }
-
-
-def _probe(probe: dict[str, Any] | None) -> str:
-    """What was read in place of the model, and when and where it had been run."""
-    if probe is None:
-        return ""
-    made = datetime.fromisoformat(probe["created"])
-    versions = join(
-        [
-            f"{name} {probe['versions'][name]}"
-            for name in ("vitprobe", "torch")
-            if name in probe["versions"]
-        ]
-    )
-    return (
-        f"Not run here: read from the probe file {probe['file']}, made on {made.day} {made:%B %Y} "
-        f"on {probe['device']} with {versions}."
-    )
-
-
-def _facts(facts: dict[str, dict[str, Any]]) -> list[tuple[str, str, str, bool]]:
-    """(name, value, evidence, whether assumed) of every fact, the model's shape first."""
-    known = [key for key in _READING_ORDER if key in facts]
-    rows = []
-    for key in [*known, *sorted(facts.keys() - set(known))]:
-        value = facts[key]["value"]
-        if value in (None, [], ()):
-            continue
-        text = show(value)
-        if key in ("grid", "patch_size"):
-            text = _sides(value)
-        elif key == "heads":
-            text = _heads(value)
-        evidence, note = facts[key]["evidence"], facts[key].get("note")
-        source = f"{evidence}: {note}" if note else evidence
-        rows.append((key.replace("_", " "), text, source, evidence == "assumed"))
-    return rows
-
-
-def _attention_fact(result: Comparison, name: str) -> list[tuple[str, str, str, bool]]:
-    """What attends to what, where that is not one attention of all patches a block."""
-    layers = result.attention_layers(name)
-    if not layers:
-        reason = result.describe(name).get("no_attention", "")
-        return [("attention", f"none: {reason}" if reason else "none", "forward pass", False)]
-    kinds = Counter(layer["kind"] for layer in layers)
-    if set(kinds) == {"global"} and attention_noun(result, (name,)) == "block":
-        return []
-    text = ", ".join(f"{number} {_KINDS[kind]}" for kind, number in kinds.items())
-    return [("attention layers", f"{len(layers)}: {text}", "forward pass", False)]
-
-
-def _loading(report: dict[str, Any] | None) -> str:
-    if report is None:
-        return ""
-    text = (
-        f"{percent(report['loaded_fraction'])} of the encoder's parameters came from the file: "
-        f"{count(len(report['matched']), 'tensor')} matched"
-    )
-    for key in ("missing", "unexpected", "ignored"):
-        if names := report[key]:
-            listed = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-            text += f"; {len(names)} {key} ({listed})"
-    if report["branch"]:
-        text += f"; branch {report['branch']}"
-    return f"{text}."
-
-
 def _settings(result: Comparison, attention: tuple[str, ...]) -> list[str]:
     """How this run was made, for a methods section."""
     provenance = result.provenance
@@ -525,6 +437,8 @@ def _settings(result: Comparison, attention: tuple[str, ...]) -> list[str]:
             if provenance["estimator"] == "unbiased"
             else "Biased CKA has no intervals.",
         ]
+        if len(subjects(result)) > 1:
+            sentences += _of_wholes(result)
     if attention:
         some, every = "patch queries", "attention_entropy_all" in attention
         if attention == ("attention_entropy_all",):
@@ -579,6 +493,27 @@ def _settings(result: Comparison, attention: tuple[str, ...]) -> list[str]:
     ]
 
 
+def _of_wholes(result: Comparison) -> list[str]:
+    """How numbers of whole models are made of those of their layers."""
+    sentences = [
+        "Layers at equal depth are those at the same share of their models' depths: in models of "
+        "L blocks, layer i and layer i."
+    ]
+    if result.provenance["estimator"] == "unbiased":
+        sentences.append(
+            "The interval of a mean of CKA over layer pairs has the mean of their standard errors "
+            "as its own, as though all errors went together: the widest that it can be."
+        )
+    if len(subjects(result)) > 2:
+        sentences.append(
+            "The distance of two models is the mean over layers at equal depth of the angle "
+            "arccos(CKA), in radians: 0 for layers alike, π/2 for layers with nothing in common "
+            "(Williams et al. 2021); CKA outside of −1 to 1 is cut for the angle alone. The "
+            "dendrogram joins by average linkage."
+        )
+    return sentences
+
+
 def _residual(result: Comparison) -> str:
     """Which models do not follow the convention of the others."""
     asked = result.provenance["layers"]
@@ -599,12 +534,6 @@ def _details(provenance: dict[str, Any]) -> list[tuple[str, str]]:
             if item not in (None, [], {})
         ]
     return rows
-
-
-def _parameters(parameters: int) -> str:
-    if parameters >= 1e6:
-        return f"{number(parameters / 1e6)} M"
-    return f"{number(parameters / 1e3)} k" if parameters >= 1e3 else str(parameters)
 
 
 def _citation(version: str | None, year: int) -> str:

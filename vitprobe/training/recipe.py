@@ -207,7 +207,7 @@ def method_of(recipe: str | Path) -> str:
 
     Raises RecipeError where there is no such recipe, or it cannot be read.
     """
-    method = _read(_locate(str(recipe), Path()), ()).get("method", {})
+    method = _read(_locate(str(recipe), Path(), _bundle()), (), _bundle()).get("method", {})
     return str(method.get("name", "")) if isinstance(method, Mapping) else ""
 
 

@@ -46,7 +46,7 @@ class Run:
     Raises RecipeError for a recipe that these data or processes cannot follow.
     """
 
-    leaves = ("encoder.safetensors",)
+    leaves: tuple[str, ...] = ("encoder.safetensors",)
     """Files in its folder that are made when it has ended."""
 
     def __init__(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -132,7 +134,6 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(place):
     assert whole.latest() == again.latest()
     for name, tensor in whole.method.state_dict().items():
         assert torch.equal(tensor, again.method.state_dict()[name]), name
-    assert run(place, seed=1).method is not None
     with pytest.raises(RecipeError, match="seed was 0, now 1"):
         run(place, seed=1).restore(state)
 
@@ -163,6 +164,16 @@ def test_workers_give_what_this_process_does(place):
 
 
 def test_dry_runs_say_what_it_would_take(place, capsys):
+    data = ["--data", "shapes", "--out", place / "run", "--dry-run"]
+    assert command("segmentation", spec(place), *data, "--recipe", "shapes_segmentation") == 0
+    printed = capsys.readouterr().out
+    assert "# steps: 500 (10 epochs x 50)" in printed.splitlines()
+    assert "800 to train on, 200 to test on" in printed
+    assert not (place / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_papers_recipe_is_planned_without_its_data(place, capsys):
     data = ["--data", place / "none", "--out", place / "run", "--dry-run"]
     assert command("detection", "init:deit_tiny_patch16_224", *data) == 0
     printed = capsys.readouterr().out
@@ -172,10 +183,6 @@ def test_dry_runs_say_what_it_would_take(place, capsys):
     assert figures["steps"].startswith("unknown: no folder")
     assert "M in the backbone" in figures["parameters"]
     assert float(figures["FLOPs per image"].split()[0]) > 100
-    assert not (place / "run").exists()
-    assert command("segmentation", spec(place), "--data", "shapes", "--out", "x", "--dry-run",
-                   "--recipe", "shapes_segmentation") == 0  # fmt: skip
-    assert "500 (10 epochs x 50)" in capsys.readouterr().out
 
 
 def test_sets_are_made_on_demand(tmp_path, capsys):
@@ -227,3 +234,27 @@ def test_a_missing_mask_is_told_as_training_meets_it(place, tmp_path):
     assert not math.isnan(scores.rows[0].value)
     path.unlink()
     (source / "bare").unlink()
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_share_training_and_testing(place, tmp_path):
+    out, data = tmp_path / "run", place / "shapes" / "coco"
+    found = {}
+    for processes in (1, 2):
+        arguments = ["detection", spec(place), "--data", data, "--out", out / str(processes)]
+        arguments += ["--recipe", "shapes_vitdet", "--device", "cpu", "--workers", "1"]
+        arguments += ["--set", *set_of(TINY | DETECTOR | {"epochs": 1, "detector.proposals": 40})]
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        line = [sys.executable, *launch, "-m", "vitprobe", "evaluate", *map(str, arguments)]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == str(out / str(processes) / "scores.json")
+        kept = out / str(processes) / "training"
+        log = json.loads((kept / "log.jsonl").read_text().splitlines()[0])
+        seen = {one["image_id"] for one in json.loads((kept / "detections.json").read_text())}
+        found[processes] = log, seen
+    (one, images), (two, images_of_two) = found[1], found[2]
+    # The losses of proposals are means over as many anchors of every image; the others are means
+    # over the objects of a share.
+    assert two["objectness"] == pytest.approx(one["objectness"], rel=1e-4)
+    assert images == images_of_two

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vitprobe.errors import RecipeError
 from vitprobe.models import Model
-from vitprobe.training.encoder import EncoderConfig, StochasticDepth
+from vitprobe.training.encoder import EncoderConfig, set_stochastic_depth
 
 
 @dataclass(frozen=True)
@@ -132,9 +132,8 @@ class Backbone(nn.Module):
             block.attn = GridAttention(
                 block.attn, encoder.grid, window, relative=config.relative_positions
             )
-            rate = config.drop_path * i / max(len(self.blocks) - 1, 1)
-            for branch in ("drop_path1", "drop_path2"):
-                setattr(block, branch, _depth(rate, f"{branch} {i}"))
+            block.drop_path1 = block.drop_path2 = nn.Identity()
+        set_stochastic_depth(module, config.drop_path)
         self.requires_grad_(not config.frozen)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -143,10 +142,6 @@ class Backbone(nn.Module):
             tokens = self.patch_embed.norm(self.patch_embed.proj(images).flatten(2).mT)
             tokens = self.blocks(self.norm_pre(tokens + self.pos_embed))
             return tokens.mT.unflatten(2, (self.grid, self.grid))
-
-
-def _depth(rate: float, name: str) -> nn.Module:
-    return StochasticDepth(rate, name) if rate else nn.Identity()
 
 
 def _resampled(module: VisionTransformer, grid: int) -> Tensor:

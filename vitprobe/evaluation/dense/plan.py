@@ -77,7 +77,8 @@ def plan(
 
     Raises RecipeError for a recipe that cannot be followed, and whatever `load` raises.
     """
-    chosen: Any = find_protocol(protocol)(recipe=recipe, overrides=overrides)
+    kind: Any = find_protocol(protocol)
+    chosen = kind(recipe=recipe, overrides=overrides)
     resolved: DenseRecipe = chosen.resolved()
     model = load(spec, name=name)
     resolved = resolved.for_model(model, data)

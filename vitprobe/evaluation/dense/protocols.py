@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import tempfile
+import weakref
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,21 +76,35 @@ class Dense(Protocol):
             )
         return found
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.recipe, Path):
+            # What was asked for is recorded as JSON.
+            object.__setattr__(self, "recipe", str(self.recipe))
+
     def read(self, data: Any) -> tuple[str, Any]:
-        """The name of a set, and where it is: a folder, or the shapes to make."""
+        """The name of a set, and the set; shapes that are named are made, and kept as long."""
         self.resolved()
-        made = shapes_of(str(data))
-        if made is None and not isinstance(data, str | Path):
+        if not isinstance(data, str | Path):
             raise DataError(f"cannot read annotated images from {type(data).__name__}; give a path")
-        return str(data), made
+        made = shapes_of(str(data))
+        if made is None:
+            return str(data), self._load(str(data))
+        aside = tempfile.mkdtemp(prefix="vitprobe-shapes-")
+        try:
+            found = self._load(str(self._write(Path(aside) / "made", made)))
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        weakref.finalize(found, shutil.rmtree, aside, ignore_errors=True)
+        return str(data), found
 
     def run(self, model: Model, data: Any, folder: Path | None) -> Sequence[Score]:
         """Train, test, and keep what was found beside the run's state."""
-        source, made = data
+        source, whole = data
         recipe = self.resolved().for_model(model, source)
+        found = whole.with_channels(model.input_size[0])
         with tempfile.TemporaryDirectory() as aside:
-            where = source if made is None else str(self._write(Path(aside) / "shapes", made))
-            found = self._load(where, model.input_size[0])
             out = (Path(aside) if folder is None else folder) / FOLDER
             outcome: list[Outcome] = []
 
@@ -137,7 +153,7 @@ class Dense(Protocol):
     @abstractmethod
     def _write(self, folder: Path, made: Any) -> Path: ...
     @abstractmethod
-    def _load(self, source: str, channels: int) -> Any: ...
+    def _load(self, source: str) -> Any: ...
     @abstractmethod
     def _run(
         self, recipe: DenseRecipe, data: Any, model: Model, device: torch.device
@@ -161,8 +177,8 @@ class Detection(Dense):
     def _write(self, folder: Path, made: Any) -> Path:
         return write_coco(folder, made)
 
-    def _load(self, source: str, channels: int) -> Any:
-        return load_coco(source, channels=channels)
+    def _load(self, source: str) -> Any:
+        return load_coco(source)
 
     def _run(self, recipe: DenseRecipe, data: Any, model: Model, device: torch.device) -> DenseRun:
         return DetectionRun(recipe, data, model, device, **_how(self))
@@ -181,8 +197,8 @@ class Segmentation(Dense):
     def _write(self, folder: Path, made: Any) -> Path:
         return write_voc(folder, made)
 
-    def _load(self, source: str, channels: int) -> Any:
-        return load_semantic(source, channels=channels)
+    def _load(self, source: str) -> Any:
+        return load_semantic(source)
 
     def _run(self, recipe: DenseRecipe, data: Any, model: Model, device: torch.device) -> DenseRun:
         return SegmentationRun(recipe, data, model, device, **_how(self))

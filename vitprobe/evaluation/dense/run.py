@@ -156,11 +156,12 @@ class DetectionRun(DenseRun):
                 own += _described(found, test, i, method.size)
         results = [one for share in distributed.gather_objects(own) for one in share]
         truth = test.ground_truth()
-        values, columns = {}, {}
+        values: dict[str, Any] = {}
+        columns: dict[str, Any] = {}
         for name, kind in (("box", "bbox"), ("mask", "segm")) if masks else (("box", "bbox"),):
-            found = average_precision(truth, results, kind, seed=self.recipe.seed)
-            values |= {f"{name}_{metric}": value for metric, value in found.metrics.items()}
-            columns[f"{name}_ap"] = found.by_class
+            precision = average_precision(truth, results, kind, seed=self.recipe.seed)
+            values |= {f"{name}_{metric}": value for metric, value in precision.metrics.items()}
+            columns[f"{name}_ap"] = precision.by_class
         return Outcome(values, columns, results)
 
 

@@ -59,6 +59,13 @@ from vitprobe.report.findings.verdicts import (
     methods_similarity,
     seeds,
 )
+from vitprobe.report.findings.whole import (
+    accuracy,
+    accuracy_caption,
+    depth_caption,
+    headline,
+    map_caption,
+)
 from vitprobe.report.words import count
 from vitprobe.wording import join
 
@@ -71,10 +78,13 @@ _FEW = 4
 
 __all__ = [
     "MAIN",
+    "accuracy",
+    "accuracy_caption",
     "assumed_heads",
     "band_of_overlay",
     "band_of_tokens",
     "beyond_untrained",
+    "depth_caption",
     "differences",
     "dominance",
     "first_blocks",
@@ -82,11 +92,13 @@ __all__ = [
     "focus",
     "forest",
     "grid",
+    "headline",
     "in_text",
     "is_defined",
     "largest_share",
     "last_layers",
     "locality",
+    "map_caption",
     "methods",
     "methods_similarity",
     "not_measured",
@@ -114,10 +126,12 @@ __all__ = [
 def summary(result: Comparison, lists: Lists) -> list[tuple[str, str]]:
     """The findings to read first, as (topic, sentence)."""
     findings: list[tuple[str, str]] = []
+    scored = [("Accuracy", sentence) for sentence in accuracy(result)]
     if result.groups:
         alike = lists.group_similarity
         first = ["cka"] if "cka" in alike else list(alike)[:_FEW]
         return [
+            *scored,
             *(("Similarity", methods_similarity(alike[m], MEASURES[m].title)) for m in first),
             *(("Methods", sentence) for sentence in methods(result, lists)),
         ]
@@ -136,6 +150,7 @@ def summary(result: Comparison, lists: Lists) -> list[tuple[str, str]]:
         findings += _others(result)
     if sentence := not_measured(result):
         findings.append(("Not measured", sentence))
+    findings += scored
     findings += [("Training", sentence) for sentence in beyond_untrained(result, lists)]
     findings += [("Differences", sentence) for sentence in differences(lists.differences)]
     return findings

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from vitprobe.results import Comparison
 
 _TIE = 1e-9
+# A sentence of more models is no summary; the table beside it has all of them.
+_MOST_LISTED = 4
 # Of numbers that are kept in single precision.
 _ROUNDING = 1e-6
 
@@ -55,7 +57,7 @@ def locality(result: Comparison) -> str:
     )
     if not within or len({result.input_size(name)[1:] for name in names}) > 1:
         return ranking
-    pixels = {name: _per_image(result, "attention_distance", name, blocks[name]) for name in names}
+    pixels = {name: per_image(result, "attention_distance", name, blocks[name]) for name in names}
     texts = [f"{quantity(float(np.nanmean(v)), 'px')} in {n}" for n, v in pixels.items()]
     return f"{ranking} In pixels, windows and all: {join(texts)}."
 
@@ -132,7 +134,10 @@ def token_trend(result: Comparison, measure: str) -> str:
 def sinks(result: Comparison) -> str:
     """How much attention prefix tokens draw, where most."""
     parts = []
-    for name in measured(result, "sink_mass", shown(result)):
+    names = measured(result, "sink_mass", shown(result))
+    if len(names) >= _MOST_LISTED:
+        return _strongest_sinks(result, names)
+    for name in names:
         noun = attention_noun(result, (name,))
         if not has_prefix(result, name):
             parts.append(f"{name} has no prefix tokens, so its sink mass is 0 by construction")
@@ -148,6 +153,26 @@ def sinks(result: Comparison) -> str:
             where = f" (alike in every {noun})" if by_block.sizes["layer"] > 1 else ""
         parts.append(f"{overall(result, 'sink_mass', name)} in {name}{where}")
     return f"Share of patch attention that goes to prefix tokens: {'; '.join(parts)}."
+
+
+def _strongest_sinks(result: Comparison, names: Sequence[str]) -> str:
+    """Of many models, those with the strongest and the weakest sinks."""
+    having = [name for name in names if has_prefix(result, name)]
+    means = {
+        name: float(mean)
+        for name in having
+        if np.isfinite(mean := t_interval(per_image(result, "sink_mass", name, slice(None))).value)
+    }
+    without = len(names) - len(having)
+    tail = f" {count(without, 'model')} without prefix tokens can have none." if without else ""
+    if not means:
+        return f"No model here has attention on prefix tokens.{tail}"
+    ends = [choose(means, key=means.__getitem__) for choose in (max, min)]
+    most, least = (f"{overall(result, 'sink_mass', name)} in {name}" for name in ends)
+    return (
+        "Share of patch attention that goes to prefix tokens, mean over heads and "
+        f"{attention_noun(result, having)}s: from {least} to {most}.{tail}"
+    )
 
 
 def spectrum(result: Comparison, name: str) -> str:
@@ -205,7 +230,7 @@ def band_of_tokens(result: Comparison, measure: str) -> str:
 
 def overall(result: Comparison, measure: str, name: str, *, relative: bool = False) -> str:
     """The mean of a measure over heads, layers and images, with its interval over images."""
-    found = t_interval(_per_image(result, measure, name, slice(None), relative=relative))
+    found = t_interval(per_image(result, measure, name, slice(None), relative=relative))
     if not np.isfinite(found.value):
         return "undefined"
     units = result.layer_images(measure, name, relative=relative).attrs["units"]
@@ -306,7 +331,7 @@ def _ranking(
     names = tuple(blocks)
     relative = result.needs_relative(measure, names)
     series = {
-        name: _per_image(result, measure, name, chosen, relative=relative)
+        name: per_image(result, measure, name, chosen, relative=relative)
         for name, chosen in blocks.items()
     }
     units = result.attention(measure, names[0], relative=relative).attrs["units"]
@@ -328,7 +353,9 @@ def _ranking(
             value += _of_uniform(result, measure, best, means[best])
         return f"{where}, {best} has a {noun} of {value}.{tail}"
     runner = ranked[1]
-    listed = ", ".join(f"{name} {texts[name]}" for name in ranked)
+    listed = ", ".join(f"{name} {texts[name]}" for name in ranked[:_MOST_LISTED])
+    if len(ranked) > _MOST_LISTED:
+        listed += f", … {ranked[-1]} {texts[ranked[-1]]}"
     difference = series[runner] - series[best]
     difference = difference[np.isfinite(difference)]
     if len(difference) == 1:
@@ -359,7 +386,7 @@ def _undecided(table: pd.DataFrame, a: str, b: str) -> bool:
     return bool((table[pair]["verdict"] == UNDECIDED).any())
 
 
-def _per_image(
+def per_image(
     result: Comparison, measure: str, name: str, blocks: slice, *, relative: bool = False
 ) -> np.ndarray:
     """The mean over heads, then over some blocks, of every image."""

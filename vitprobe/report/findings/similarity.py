@@ -13,6 +13,7 @@ from vitprobe.plots.similarity import below_floor
 from vitprobe.plots.style import subjects
 from vitprobe.report.findings.models import shown
 from vitprobe.report.words import LEVEL, amount, bracket, count, percent, two_digits
+from vitprobe.tables import mean_similarity
 from vitprobe.wording import join, layers_in_words
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def similarity(result: Comparison, a: str, b: str) -> list[str]:
         lowest = f"{len(least)} layer pairs least ({value})"
     return [
         f"{highest}, {lowest}.",
-        f"The mean over {len(cells)} layer pairs is {two_digits(_mean(cells))}.",
+        f"The mean over {len(cells)} layer pairs is {mean_with_interval(result, 'cka', a, b)}.",
         *_undefined(cka),
         *floor,
     ]
@@ -142,7 +143,7 @@ def mean_by_pair(result: Comparison, measure: str) -> str:
     for a, b in list(combinations(names, 2)) or [(names[0], names[0])]:
         value = result.similarity(measure, a, b)
         cells = _cells(value)
-        mean = two_digits(_mean(cells)) if cells else "undefined"
+        mean = mean_with_interval(result, measure, a, b) if cells else "undefined"
         where = f"within {a}" if a == b else f"for {a} and {b}"
         some = f" (over {len(cells)} of {value.size})" if 0 < len(cells) < value.size else ""
         parts.append(f"{mean} {where}{some}")
@@ -164,8 +165,12 @@ def overall_similarity(result: Comparison) -> str:
     high, low = (two_digits(choose(means.values())) for choose in (max, min))
     most = [pair for pair, mean in means.items() if two_digits(mean) == high]
     least = [pair for pair, mean in means.items() if two_digits(mean) == low]
+    if len(most) == 1:
+        high = mean_with_interval(result, "cka", *most[0])
+    if len(least) == 1:
+        low = mean_with_interval(result, "cka", *least[0])
     caution = _untrained(result, most)
-    if high == low:
+    if most == least:
         return f"All pairs of models are equally alike: mean CKA over layer pairs {high}.{caution}"
     highest = (
         f"{join(most[0])} are the most alike pair of models"
@@ -227,6 +232,11 @@ def largest_share(result: Comparison) -> str:
             where = "every layer" if alike else layers_in_words(peaks)
             tops.append(f"{name} {value} in {where}")
     return f"Largest share by model: {join(tops)}." if tops else "Undefined in every layer."
+
+
+def mean_with_interval(result: Comparison, measure: str, a: str, b: str) -> str:
+    """The mean over layer pairs, with the interval that is too wide rather than too narrow."""
+    return bracket(*mean_similarity(result, measure, a, b), least=2)
 
 
 def with_interval(result: Comparison, a: str, b: str, value: float, row: int, column: int) -> str:
