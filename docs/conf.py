@@ -43,7 +43,7 @@ nb_execution_mode = "cache"
 nb_execution_cache_path = "_build/notebooks"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
-nb_output_stderr = "remove-warn"
+nb_output_stderr = "remove"
 nb_merge_streams = True
 
 autodoc_member_order = "bysource"
