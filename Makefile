@@ -10,7 +10,8 @@ JOBS ?= 2
 demo: $(VENV)/installed
 	$(BIN)/vitprobe demo --out demo --force
 
-test: lint types pytest
+# With SLOW, as in CI, the slow tests run too, and the site is built.
+test: lint types pytest $(if $(SLOW),docs)
 
 # Train, evaluate and compare the systems of analyses/fashion; SCHEDULE is gpu, cpu or short. What is
 # done is left alone, so that it can be called again after it was stopped.

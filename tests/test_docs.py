@@ -309,6 +309,7 @@ def test_the_dialect_of_the_docs_loads_what_it_describes(example, tmp_path, monk
         assert torch.equal(model.module.forward_features(images), expected)
 
 
+@pytest.mark.slow
 def test_the_method_of_the_docs_trains_and_resumes_to_the_bit(example, tmp_path, monkeypatch):
     rotation = METHODS["rotation"] = example("method").Rotation
     options = {"overrides": {"knn": 0, "batch_size": 256, "compile": "off"}, "progress": False}

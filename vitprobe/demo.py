@@ -50,7 +50,8 @@ def demo(out: str | Path, *, force: bool = False) -> Path:
     for name, encoder in _train(out / "runs", force=force).items():
         models.append(load(encoder, name=name))
         metrics = (models[-1].training or {})["metrics"]
-        _say(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in metrics.items()))
+        numbers = ", ".join(f"{key} {value:.3f}" for key, value in metrics.items())
+        _say(f"{name}: {numbers or 'as it was initialised'}")
     _say("comparing them on the test images")
     pictures = images(_test_images())
     pictures.source = "scikit-learn's digits, test images"
