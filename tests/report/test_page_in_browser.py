@@ -152,10 +152,18 @@ def tip(page) -> str | None:
     return found.inner_text() if found.is_visible() else None
 
 
+def in_view(place) -> None:
+    """Scroll to it and wait for the frame that tells the page so: scrolling ends what is shown."""
+    place.scroll_into_view_if_needed()
+    place.page.evaluate(
+        "new Promise((go) => requestAnimationFrame(() => requestAnimationFrame(go)))"
+    )
+
+
 def cell(page, figure: str, row: int, column: int) -> tuple[float, float]:
     """Where on the screen a cell of a heatmap of 5 by 5 layers lies."""
     plot = page.locator(f"{figure} .plot").first
-    plot.scroll_into_view_if_needed()
+    in_view(plot)
     at = plot.evaluate(
         """(plot, [row, column]) => {
           const [, x, y, width, height] = JSON.parse(plot.dataset.places)[0];
@@ -209,7 +217,7 @@ def test_every_number_of_a_figure_is_under_the_pointer(page):
 
 def test_the_point_of_a_line_tells_its_model(page):
     figure = page.locator("#attention figure").first
-    figure.scroll_into_view_if_needed()
+    in_view(figure)
     x, y = figure.locator(".plot").evaluate(
         """(plot) => {
           const [, x, y] = JSON.parse(plot.dataset.places)[0];
