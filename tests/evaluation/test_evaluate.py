@@ -41,6 +41,29 @@ def model():
     return tiny(depth=2)
 
 
+def headed():
+    model = tiny(depth=2)
+    model.module.reset_classifier(4)
+    with torch.no_grad():
+        model.module.head.weight.normal_(generator=torch.Generator().manual_seed(1))
+        model.module.head.bias.zero_()
+    return model
+
+
+def cramped(most):
+    """A model whose last block has no room for more than so many images, and what it was given."""
+    model = headed()
+    given = []
+
+    def check(module, args):
+        given.append(len(args[0]))
+        if len(args[0]) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.module.blocks[-1].register_forward_pre_hook(check)
+    return model, given
+
+
 def banks_of(model, data, text):
     choice = parse_choice(text, model)
     banks = extract(
@@ -237,6 +260,26 @@ def test_features_that_do_not_fit_memory_are_refused_at_once(model, data, monkey
     monkeypatch.setattr(features_module, "_free", lambda _: 1e4)
     with pytest.raises(MeasureError, match=r"features of 240 images take 0.0 GB and cpu has 0.0"):
         vp.evaluate("knn", model, data)
+
+
+@pytest.mark.parametrize("protocol", ["head", "knn"])
+def test_out_of_memory_halves_the_passes_and_changes_no_score(protocol, data):
+    whole = vp.evaluate(protocol, headed(), data)
+    small, given = cramped(20)
+    with pytest.warns(UserWarning, match="ran out of memory with .* goes on with") as told:
+        found = vp.evaluate(protocol, small, data, batch_size=80)
+    assert len(told) == 2
+    assert given[:4] == [80, 40, 20, 20]
+    assert set(given[2:]) == {20}
+    assert found.rows == whole.rows
+
+
+def test_no_room_for_a_single_image_is_told(data):
+    with (
+        pytest.warns(UserWarning, match="goes on with 1;"),
+        pytest.raises(VitprobeError, match=r"no room on cpu for a single image .*another dev"),
+    ):
+        vp.evaluate("knn", cramped(0)[0], data, batch_size=2)
 
 
 def test_bf16_changes_little(model, data):

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
+from torch import Tensor
 
 from vitprobe.data.labelled import Labelled, load_labelled
 from vitprobe.data.parts import Labels, Part
 from vitprobe.devices import exact_products, placed
-from vitprobe.errors import DataError, MeasureError, VitprobeError
+from vitprobe.errors import DataError, MeasureError, VitprobeError, is_out_of_memory
 from vitprobe.evaluation.intervals import Interval
 from vitprobe.scores import Score
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from vitprobe.models import Model
 
 Precision = Literal["fp32", "bf16"]
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,11 +152,7 @@ def labelled_part(data: Labelled, which: Literal["train", "test"]) -> tuple[Part
 @contextmanager
 def running(model: Model, device: torch.device, precision: Precision) -> Iterator[None]:
     """A model on its device, in eval mode, without gradients, in the precision asked for; all is as
-    it was afterwards.
-
-    Raises:
-        VitprobeError: the device runs out of memory.
-    """
+    it was afterwards."""
     # A module of the user's own may keep what it computes, and could not train with inference
     # tensors later.
     grad_off = torch.no_grad() if model.spec == "module" else torch.inference_mode()
@@ -162,13 +162,59 @@ def running(model: Model, device: torch.device, precision: Precision) -> Iterato
         stack.enter_context(torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16))
         stack.enter_context(placed(model.module, device))
         stack.enter_context(grad_off)
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
+        yield
+
+
+class Passes(Generic[Found]):
+    """Runs batches of images through a model, whole, or in parts that fit the device.
+
+    model: that they run through. run: what gives something for images.
+    """
+
+    def __init__(self, model: Model, run: Callable[[Tensor], Found]) -> None:
+        self._model, self._run = model, run
+        self._most: int | None = None
+
+    def __call__(self, pixels: Tensor) -> Iterator[Found]:
+        """What `run` gives for all of them, in order, part by part.
+
+        Where the device has no room for so many images in one forward pass there are half as many
+        in each, from then on, and a warning says so.
+
+        Raises:
+            VitprobeError: no room for a single image.
+        """
+        start = 0
+        while start < len(pixels):
+            part = pixels[start : start + (self._most or len(pixels))]
+            try:
+                found = self._run(part)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).partition("\n")[0] or "out of memory"
+            else:
+                yield found
+                start += len(part)
+                continue
+            # Only here is what the failed pass held free again.
+            self._halve(len(part), pixels.device, reason)
+
+    def _halve(self, size: int, device: torch.device, reason: str) -> None:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        if size == 1:
             raise VitprobeError(
-                f"model '{model.name}' ran out of memory on {device}; give a smaller batch size, "
-                "or another device"
-            ) from error
+                f"model '{self._model.name}' has no room on {device} for a single image "
+                f"({reason}); give another device"
+            )
+        self._most = size // 2
+        warnings.warn(
+            f"model '{self._model.name}' ran out of memory with {size} images in a forward pass "
+            f"and goes on with {self._most}; give a smaller batch size to begin with",
+            stacklevel=2,
+        )
 
 
 def check_finite(model: Model, what: str, values: torch.Tensor, first: int) -> None:

@@ -24,7 +24,7 @@ from vitprobe.capture.features import Convention, convention_of, feature_layouts
 from vitprobe.data.blocks import View
 from vitprobe.data.parts import Part
 from vitprobe.errors import MeasureError
-from vitprobe.evaluation.base import Precision, running
+from vitprobe.evaluation.base import Passes, Precision, running
 from vitprobe.evaluation.batches import pixel_batches
 from vitprobe.models import Model
 from vitprobe.models.anatomy import Layout
@@ -134,6 +134,7 @@ def extract(
 
     Raises:
         MeasureError: features that are not finite, or more of them than the device has room for.
+        VitprobeError: no room for a single image.
         CaptureError: a layer stayed silent.
         DataError: as `pixel_batches`.
     """
@@ -141,6 +142,7 @@ def extract(
     counts = [len(part) if index is None else len(index) for part, index in parts]
     made = []
     with running(model, device, precision), _Pooling(model, choices) as pooling:
+        passes = Passes(model, pooling.run)
         bar = tqdm(total=sum(counts), unit="image", disable=None if progress else True)
         with bar:
             for (part, index), count in zip(parts, counts, strict=True):
@@ -154,17 +156,18 @@ def extract(
                     workers=workers,
                     device=device,
                 ):
-                    found = pooling.run(pixels)
-                    if not bank:
-                        _check_room(found, sum(counts), device)
-                        bank = {
-                            key: value.new_empty(count, value.shape[1])
-                            for key, value in found.items()
-                        }
-                        _check(model, found)
-                    for key, value in found.items():
-                        bank[key][first : first + len(value)] = value
-                    first += len(pixels)
+                    for found in passes(pixels):
+                        if not bank:
+                            _check_room(found, sum(counts), device)
+                            bank = {
+                                key: value.new_empty(count, value.shape[1])
+                                for key, value in found.items()
+                            }
+                            _check(model, found)
+                        last = first + len(next(iter(found.values())))
+                        for key, value in found.items():
+                            bank[key][first:last] = value
+                        first = last
                     bar.update(len(pixels))
                 _check(model, bank)
                 made.append({choice: _joined(bank, choice) for choice in choices})

@@ -25,7 +25,7 @@ from vitprobe.data.blocks import View
 from vitprobe.data.labelled import load_labelled
 from vitprobe.data.parts import Labelled, Labels, Part, subset
 from vitprobe.errors import RecipeError, SourceError
-from vitprobe.evaluation.base import Learning, check_finite, labelled_part, running
+from vitprobe.evaluation.base import Learning, Passes, check_finite, labelled_part, running
 from vitprobe.evaluation.batches import pixel_batches
 from vitprobe.evaluation.head import logits_of
 from vitprobe.evaluation.intervals import Interval, accuracy_interval
@@ -273,6 +273,7 @@ class Finetune(Learning):
         truth = torch.from_numpy(labels).to(device)
         found = []
         first = 0
+        passes = Passes(tuned, lambda pixels: logits_of(tuned, pixels, classes))
         with (
             running(tuned, device, self.precision),
             tqdm(total=len(test), unit="image", disable=None if self.progress else True) as bar,
@@ -285,16 +286,16 @@ class Finetune(Learning):
                 workers=self.workers,
                 device=device,
             ):
-                logits = logits_of(tuned, pixels, classes)
-                check_finite(tuned, "output", logits, first)
-                own = truth[first : first + len(logits), None]
-                first += len(logits)
-                right = logits.gather(1, own)
-                # Of equal numbers the first is taken, as argmax does.
-                before = torch.arange(classes, device=device) < own
-                ahead = (logits > right) | ((logits == right) & before)
-                found.append(ahead.sum(dim=1).cpu())
-                bar.update(len(logits))
+                for logits in passes(pixels):
+                    check_finite(tuned, "output", logits, first)
+                    own = truth[first : first + len(logits), None]
+                    first += len(logits)
+                    right = logits.gather(1, own)
+                    # Of equal numbers the first is taken, as argmax does.
+                    before = torch.arange(classes, device=device) < own
+                    ahead = (logits > right) | ((logits == right) & before)
+                    found.append(ahead.sum(dim=1).cpu())
+                bar.update(len(pixels))
         return torch.cat(found).numpy()
 
 

@@ -15,7 +15,7 @@ from vitprobe.data.blocks import View
 from vitprobe.data.parts import Labelled
 from vitprobe.devices import find_device
 from vitprobe.errors import CheckpointError
-from vitprobe.evaluation.base import Protocol, check_finite, labelled_part, running
+from vitprobe.evaluation.base import Passes, Protocol, check_finite, labelled_part, running
 from vitprobe.evaluation.batches import pixel_batches
 from vitprobe.evaluation.intervals import accuracy_interval
 from vitprobe.scores import Score
@@ -43,6 +43,7 @@ class Head(Protocol):
         truth = torch.from_numpy(labels).to(device)
         hits = torch.zeros((), dtype=torch.int64, device=device)
         first = 0
+        passes = Passes(model, lambda pixels: logits_of(model, pixels, len(data.classes)))
         with running(model, device, self.precision):
             batches = pixel_batches(
                 part,
@@ -55,12 +56,12 @@ class Head(Protocol):
             bar = tqdm(total=len(part), unit="image", disable=None if self.progress else True)
             with bar:
                 for pixels in batches:
-                    logits = logits_of(model, pixels, len(data.classes))
-                    check_finite(model, "output", logits, first)
-                    expected = truth[first : first + len(logits)]
-                    hits += (logits.argmax(dim=1) == expected).sum()
-                    first += len(logits)
-                    bar.update(len(logits))
+                    for logits in passes(pixels):
+                        check_finite(model, "output", logits, first)
+                        expected = truth[first : first + len(logits)]
+                        hits += (logits.argmax(dim=1) == expected).sum()
+                        first += len(logits)
+                    bar.update(len(pixels))
         value = accuracy_interval(int(hits), len(part))
         return [self.score(model, data.source, len(part), "top1", value, {})]
 
