@@ -229,7 +229,7 @@ def _finetuning(
     out = runs / "scores" / job
     command = ["evaluate", "finetune", f"{name}={spec}", "--data", str(data), "--out", str(out)]
     command += ["--recipe", "fashion_finetune", "--labels", str(labels), "--seed", str(seed)]
-    changes = {"epochs": 1, **schedule.changes.get("finetune", {})}
+    changes = schedule.changes.get("finetune", {})
     command += ["--updates", str(schedule.finetune_updates), "--set"]
     command += [f"{key}={_toml(value)}" for key, value in changes.items()]
     command += [] if kept is None else ["--kept", str(kept)]

@@ -16,6 +16,7 @@ from analyses.fashion.study import Job, Schedule, evaluation, main, model_spec, 
 from analyses.fashion.tables import recipe_of
 from analyses.sections import fill
 from vitprobe.errors import DataError, RecipeError, ResultError
+from vitprobe.evaluation.finetune import Finetune
 
 
 @pytest.fixture
@@ -97,6 +98,20 @@ def test_evaluations_wait_for_the_encoder_that_they_score(short):
     assert model_spec("dmae-all", 0, runs)[:2] == ("D-MAE, all 0", "run:runs/dmae-all")
 
 
+@pytest.mark.parametrize("name", ["gpu", "cpu", "short"])
+def test_fine_tunings_are_of_so_many_updates_and_not_epochs(name):
+    plan = Schedule.read(name)
+    jobs = evaluation(plan, Path("runs"), Path("data.npz"))
+    words = next(job.command for job in jobs if job.name == "finetune-mae-0-0.01")
+    assert words[words.index("--updates") + 1] == str(plan.finetune_updates)
+    changes = words[words.index("--set") + 1 :]
+    Finetune(
+        recipe="fashion_finetune",
+        updates=plan.finetune_updates,
+        overrides=dict(change.split("=") for change in changes),
+    )
+
+
 def test_done_runs_are_left_alone_and_halves_are_resumed(tmp_path, ran):
     done, half, new = (job(tmp_path, name) for name in ("done", "half", "new"))
     done.outcome.parent.mkdir()
@@ -167,7 +182,11 @@ def test_one_system_goes_from_images_to_findings(tmp_path, monkeypatch, short):
         epochs=2,
         seeds=1,
         snapshots=(0, 2),
-        changes={"every": {"batch_size": 32, "threads": 1, "optimizer.warmup_epochs": 0}},
+        finetune_updates=2,
+        changes={
+            "every": {"batch_size": 32, "threads": 1, "optimizer.warmup_epochs": 0},
+            "finetune": {"threads": 1},
+        },
     )
     monkeypatch.setattr(Schedule, "read", lambda name: plan)
     monkeypatch.setattr(study, "HERE", tmp_path)
@@ -182,7 +201,7 @@ def test_one_system_goes_from_images_to_findings(tmp_path, monkeypatch, short):
         test_images=rng.integers(0, 256, (50, 1, 28, 28), np.uint8),
         test_labels=np.arange(50) % 10,
     )
-    for only in ("mae-0", "frozen-mae-0"):
+    for only in ("mae-0", "frozen-mae-0", "finetune-mae-0-0.1"):
         main(study.Study("short", tmp_path / "runs", ("train", "evaluate"), (only,)))
     main(study.Study("short", tmp_path / "runs", ("compare",)))
     found = Study(tmp_path / "results")
@@ -192,4 +211,5 @@ def test_one_system_goes_from_images_to_findings(tmp_path, monkeypatch, short):
     assert set(found.costs) == {"MAE 0"}
     assert len(found.by_layer("MAE 0", "linear")) == 13
     assert found.accuracy(("MAE 0",), "knn").between(0, 100).all()
+    assert len(found.accuracy(("MAE 0",), "finetune", labels=0.1)) == 1
     assert findings.findings(found)["verdict"].str.endswith("not measured").all()
