@@ -325,7 +325,7 @@ def test_nothing_makes_the_page_wider_than_the_screen(open_page, viewport):
 
 
 @pytest.mark.parametrize("viewport", [PHONE, {"width": 1000, "height": 900}, DESKTOP])
-def test_tiles_hold_the_longest_of_their_numbers(open_page, viewport):
+def test_tiles_and_lists_hold_the_longest_of_numbers_and_names(open_page, viewport):
     page = open_page("longest").page
     page.set_viewport_size(viewport)
     beyond = page.evaluate(
@@ -333,10 +333,13 @@ def test_tiles_hold_the_longest_of_their_numbers(open_page, viewport):
           tile.querySelector(".value").firstChild.data = "3.56474";
           tile.querySelector(".unit").textContent = " % of uniform";
           tile.querySelector(".range").textContent = "[3.56461,\u00a03.56488]";
+          tile.querySelector(".whose").textContent = "vit_tiny_patch16_224_mae_pretrain_seed0";
+          document.querySelector(".list td").textContent = "vit_tiny_patch16_224_mae_".repeat(4);
           return tile.scrollWidth - tile.clientWidth;
         })"""
     )
     assert beyond == [0] * 4
+    assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
