@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -99,6 +100,20 @@ def test_depth_has_a_line_a_model_with_its_band(result):
     assert lines[0].get_color() == lines[1].get_color() == COLORS[0]
     assert len(ax.collections) == 4
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("Layer", "Linear: accuracy (%)")
+
+
+def test_labels_of_the_view_along_depth_lie_beside_their_panels():
+    """Those of long data sets once reached into the panel above."""
+    rows = [
+        Score("B", "B.pth", "linear", "fashion-mnist", 360, "top1", 0.8, layer=layer)
+        for layer in range(3)
+    ]
+    scored = comparison({"A": Subject(2), "B": Subject(2)}).with_scores(Scores(rows))
+    figure = plots.depth_view(scored)
+    figure.draw_without_rendering()
+    boxes = [ax.yaxis.label.get_window_extent() for ax in figure.axes]
+    assert figure.axes[-1].get_ylabel() == "Linear on\nfashion-mnist, top-1\n(share)"
+    assert all(below.y1 <= above.y0 for above, below in pairwise(boxes))
 
 
 def test_kept_blocks_are_a_depth_too():

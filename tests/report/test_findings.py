@@ -30,15 +30,21 @@ def test_extremes_of_a_pair_with_intervals():
     block = np.full((4, 3), 0.5)
     block[2, 1] = 0.9
     block[3, 0] = -0.1
+    block[3, 2] = 0.4
     result = comparison(
         {"A": Subject(3), "B": Subject(2)}, cka={("A", "B"): block}, error=0.01, floor=np.nan
     )
-    extremes, mean = map(plain, findings.similarity(result, "A", "B"))
+    extremes, deep, mean = map(plain, findings.similarity(result, "A", "B"))
     assert extremes == (
         "Layer 2 of A and layer 1 of B are most alike (CKA 0.90 [0.88, 0.92]), layers 3 and 0 "
         "least (-0.10 [-0.12, -0.08])."
     )
-    assert mean == "The mean over 12 layer pairs is 0.48 [0.46, 0.50]."
+    # Of models of 3 and 2 blocks, only the first layers and the last are at equal depth.
+    assert deep == (
+        "At equal depth, layer 3 of A and layer 2 of B differ most (0.40 [0.38, 0.42])."
+    )
+    assert result.most_different("cka", "A", "B") == (3, 2)
+    assert mean == "The mean over 12 layer pairs is 0.48 [0.46, 0.49]."
 
 
 def test_ties_and_undefined_cells_are_said():
@@ -82,8 +88,8 @@ def test_pairs_are_ranked_by_their_mean():
     }
     subjects = {name: Subject(1) for name in "ABC"}
     result = comparison(subjects, cka=blocks, error=0.01)
-    assert plain(findings.overall_similarity(result)) == (
-        "Over all layers, A and B are the most alike pair of models (mean CKA 0.70 [0.68, 0.72]) "
+    assert plain(findings.overall_similarity(result, lists_of(result))) == (
+        "At equal depth, A and B are the most alike pair of models (mean CKA 0.70 [0.68, 0.72]) "
         "and A and C the least (0.10 [0.08, 0.12])."
     )
     assert [plain(text) for text in findings.last_layers(result)] == [
@@ -91,9 +97,25 @@ def test_pairs_are_ranked_by_their_mean():
         "and 0.10 [0.08, 0.12] for A and C."
     ]
     equal = comparison(subjects, cka=dict.fromkeys(blocks, np.full((2, 2), 0.3)))
-    assert findings.overall_similarity(equal) == (
-        "All pairs of models are equally alike: mean CKA over layer pairs 0.30."
+    assert findings.overall_similarity(equal, lists_of(equal)) == (
+        "All pairs of models are equally alike: mean CKA at equal depth 0.30."
     )
+
+
+def test_the_summary_ranks_pairs_as_the_tiles_and_the_map_do():
+    """One model of layers alike is near to all, over all layer pairs."""
+    blocks = {
+        ("A", "B"): np.array([[0.9, 0.1], [0.1, 0.9]]),
+        ("A", "C"): np.full((2, 2), 0.7),
+        ("B", "C"): np.full((2, 2), 0.6),
+    }
+    result = comparison({name: Subject(1) for name in "ABC"}, cka=blocks)
+    lists = lists_of(result)
+    sentence = findings.overall_similarity(result, lists)
+    (_, most, models), (_, least, others) = findings.headline(result, lists)[:2]
+    assert models == "A and B"
+    assert f"{models} are the most alike pair of models (mean CKA {most})" in sentence
+    assert f"{others} the least ({least})" in sentence
 
 
 def test_many_pairs_give_only_the_ends_of_the_range():
@@ -126,6 +148,23 @@ def test_models_whose_paired_difference_holds_zero_are_not_told_apart():
     sentence = plain(findings.locality(comparison(subjects)))
     assert "A and B cannot be told apart: they differ by 0.0 px [-0.3, 0.3]" in sentence
     assert "most locally" not in sentence
+
+
+def test_dots_stand_for_two_models_at_least():
+    """Five are as many as are listed, and of six two have no room."""
+
+    def listed(names):
+        subjects = {
+            name: Subject(4, 2, distance=constant(0.2 + 0.1 * i, noise=0.01))
+            for i, name in enumerate(names)
+        }
+        return findings.locality(comparison(subjects, measures=("attention_distance",)))
+
+    five, six = listed("ABCDE"), listed("ABCDEF")
+    assert "…" not in five
+    assert all(f" {name} " in five.partition("distance: ")[2] for name in "BCDE")
+    assert ", … F " in six
+    assert " E " not in six
 
 
 def test_equal_models_are_equal():
@@ -210,12 +249,27 @@ def test_dominant_directions_are_listed_as_ranges():
     share = np.array([0.2, 0.6, 0.7, 0.2, 0.9])
     result = comparison({"A": Subject(4, share=share), "B": Subject(4)})
     assert [plain(s) for s in findings.dominance(result)] == [
-        "In A, one direction holds more than half of the variance of layers 1 to 2 and 4 (up to "
+        "One direction holds more than half of the variance of layers 1 to 2 and 4 of A (up to "
         "90 % in layer 4): CKA there mostly compares that direction."
     ]
     assert plain(findings.largest_share(result)) == (
         "Largest share by model: A 90 % in layer 4 and B 40 % in layer 4."
     )
+
+
+def test_dominant_directions_of_many_models_are_one_sentence():
+    share = np.array([0.2, 0.6])
+    subjects = {name: Subject(1, share=share) for name in "ABCD"}
+    assert [plain(s) for s in findings.dominance(comparison({**subjects, "E": Subject(1)}))] == [
+        "One direction holds more than half of the variance of layer 1 of A (60 %), layer 1 of B "
+        "(60 %), layer 1 of C (60 %) and layer 1 of D (60 %): CKA there mostly compares that "
+        "direction."
+    ]
+    subjects["E"] = Subject(1, share=share + 0.1)
+    assert [plain(s) for s in findings.dominance(comparison({**subjects, "F": Subject(1)}))] == [
+        "One direction holds more than half of the variance of some layers of 5 of 6 models (up to "
+        "70 % in E): CKA there mostly compares that direction."
+    ]
 
 
 def test_assumed_facts_are_said_with_their_values():
@@ -306,7 +360,8 @@ def test_an_untrained_model_among_the_most_alike_is_cautioned():
     def sentence(untrained):
         extra = {"extra": {"spec": "init:deit_tiny_patch16_224"}}
         subjects = {name: Subject(1, **(extra if name == untrained else {})) for name in "ABC"}
-        return findings.overall_similarity(comparison(subjects, cka=blocks))
+        result = comparison(subjects, cka=blocks)
+        return findings.overall_similarity(result, lists_of(result))
 
     assert " B was never trained: such a model passes the image through almost" in sentence("B")
     assert "never trained" not in sentence("C")
@@ -366,6 +421,11 @@ def test_a_difference_that_holm_does_not_let_stand_is_not_claimed():
     many["verdict"] = "cannot be told apart"
     undecided = findings.focus(result, Lists(many, None, None, {}))
     assert "cannot be told apart after Holm's correction: they differ by" in undecided
+    # The tile says what the sentence below it says.
+    assert findings.headline(result, lists)[-1][2] == "A"
+    assert findings.headline(result, Lists(many, None, None, {}))[-1][2] == (
+        "A, not told apart from B"
+    )
     assert findings.differences(many) == [
         "0 of 1 paired difference between models hold after Holm's correction; A and B in "
         "attention entropy cannot be told apart."

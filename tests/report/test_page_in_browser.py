@@ -324,6 +324,24 @@ def test_nothing_makes_the_page_wider_than_the_screen(open_page, viewport):
     assert wide <= 0
 
 
+@pytest.mark.parametrize("viewport", [PHONE, {"width": 1000, "height": 900}, DESKTOP])
+def test_tiles_and_lists_hold_the_longest_of_numbers_and_names(open_page, viewport):
+    page = open_page("longest").page
+    page.set_viewport_size(viewport)
+    beyond = page.evaluate(
+        """() => [...document.querySelectorAll(".tiles li")].map((tile) => {
+          tile.querySelector(".value").firstChild.data = "3.56474";
+          tile.querySelector(".unit").textContent = " % of uniform";
+          tile.querySelector(".range").textContent = "[3.56461,\u00a03.56488]";
+          tile.querySelector(".whose").textContent = "vit_tiny_patch16_224_mae_pretrain_seed0";
+          document.querySelector(".list td").textContent = "vit_tiny_patch16_224_mae_".repeat(4);
+          return tile.scrollWidth - tile.clientWidth;
+        })"""
+    )
+    assert beyond == [0] * 4
+    assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_text_can_be_read_on_its_ground(open_page, scheme):
     page = open_page().page
@@ -352,15 +370,18 @@ def test_print_is_a_document(open_page):
     page.emulate_media(media="print", color_scheme="dark")
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     hidden = page.evaluate(
-        "[...document.querySelectorAll('nav, .bar, .files, .numbers')]"
+        "[...document.querySelectorAll('nav, .bar, .files, .numbers, .recipe')]"
         ".filter((one) => one.checkVisibility()).length"
     )
     method = page.locator(".method dl").first.is_visible()
+    # Browsers leave grounds out, and without theirs models have no colour.
+    dot = page.evaluate("getComputedStyle(document.querySelector('.dot')).printColorAdjust")
     page.emulate_media(media="screen", color_scheme="light")
     # Paper is white in a dark room too.
     assert ground == "rgb(255, 255, 255)"
     assert hidden == 0
     assert method
+    assert dot == "exact"
     pdf = page.pdf(format="A4")
     assert 4 <= len(re.findall(rb"/Type\s*/Page\b", pdf)) <= 60
 

@@ -501,6 +501,15 @@ def test_inline_svg_gets_ids_of_its_own():
     )
 
 
+def test_inline_svg_drops_groups_that_say_nothing():
+    svg = (
+        '<svg viewBox="0 0 9 9"><defs></defs><g id="a"><g><g opacity="1"><g><text>1</text></g></g>'
+        "</g><g></g></g></svg>"
+    )
+    found = inline(svg, prefix="f", label="")
+    assert found.endswith('<defs></defs><g opacity="1"><text>1</text></g></svg>')
+
+
 def test_inline_svg_keeps_numbers_that_are_text():
     svg = '<svg viewBox="0 0 9 9"><defs></defs><text x="1.23456">0.0056</text></svg>'
     assert '<text x="1.23">0.0056</text>' in inline(svg, prefix="f", label="")

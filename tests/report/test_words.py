@@ -76,6 +76,14 @@ def test_numbers_with_intervals_have_the_digits_that_these_support(
     assert text.replace("\N{NO-BREAK SPACE}", " ").replace(MINUS, "-") == expected
 
 
+def test_an_interval_that_leaves_zero_out_is_not_printed_as_holding_it():
+    assert bracket(2.6, 0.4, 4.8, "px").replace("\N{NO-BREAK SPACE}", " ") == "2.6 px [0.4, 4.8]"
+    assert bracket(-2.6, -4.8, -0.04).replace(MINUS, "-") == "-2.60 [-4.80,\N{NO-BREAK SPACE}-0.04]"
+    # What no two digits tell from 0 is 0.
+    assert bracket(2.6, 1e-9, 5.2) == "3 [0,\N{NO-BREAK SPACE}5]"
+    assert bracket(2.6, -0.1, 5.2) == "3 [0,\N{NO-BREAK SPACE}5]"
+
+
 def test_amounts_keep_the_digits_of_small_shares():
     assert amount(0.0031, "share") == "0.310\N{NO-BREAK SPACE}%"
     assert amount(2.5, "px") == "2.50\N{NO-BREAK SPACE}px"

@@ -91,8 +91,9 @@ def depth_view(result: Comparison, reference: str | None = None) -> Figure:
                     )
                 ax.plot(line.x, line.value, **options)
                 drawn += [line.value, line.low, line.high]
-            ax.set_ylim(fit(drawn, from_zero=panel.units == "share"))
-            ax.set_ylabel(axis_label(panel.label, panel.units))
+            ax.set_ylim(fit(drawn, from_zero=False))
+            # A panel is too low for longer lines, which would reach into its neighbours.
+            ax.set_ylabel(axis_label(panel.label, panel.units, 20))
             ax.grid(axis="y", color=GRID, linewidth=0.5)
             ax.tick_params(axis="x", length=0)
         last = axes[-1, 0]

@@ -59,7 +59,7 @@ def similarity_heatmap(
         ResultError: no such model, or the measure is not in the result.
     """
     values, floor = result.similarity(measure, a, b), result.floor(measure, a, b)
-    with canvas(ax, (COLUMN, 2.7)) as axes:
+    with canvas(ax, _size(values)) as axes:
         mesh = _draw(axes, values, most_ticks=13)
         _dots(axes, values, floor)
         _name_axes(axes, result, measure, a, b)
@@ -81,7 +81,7 @@ def interval_width(
     """
     low, high = result.interval(measure, a, b)
     width = high - low
-    with canvas(ax, (COLUMN, 2.7)) as axes:
+    with canvas(ax, _size(width)) as axes:
         most = float(width.max()) if width.notnull().any() else 1.0
         mesh = _draw(axes, width, most_ticks=13, cmap=_WIDTHS, most=most or 1.0)
         _name_axes(axes, result, measure, a, b)
@@ -183,6 +183,13 @@ def _title(a: str, b: str) -> str:
         return f"{shorten(a, 34)} with itself"
     one_line = f"{a} and {b}"
     return one_line if len(one_line) <= 36 else f"{shorten(a, 34)}\nand {shorten(b, 34)}"
+
+
+def _size(cells: xr.DataArray) -> tuple[float, float]:
+    """Of a figure of square cells, in inches: one of few rows is low, and leaves no gap below."""
+    rows, columns = cells.shape
+    # Of 2.7 inches, the cells of two models of equal depth take 2, and titles and labels the rest.
+    return COLUMN, 2.7 - 2 * (1 - max(min(rows / columns, 1), 0.3))
 
 
 def _place_bar(ax: Axes, cells: xr.DataArray) -> Axes:

@@ -226,9 +226,11 @@ def legend_above(ax: Axes, result: Comparison, names: Sequence[str]) -> None:
     )
 
 
-def axis_label(long_name: str, units: str) -> str:
-    """What is on an axis, broken where it is long, and its unit on a line of its own."""
-    title = textwrap.fill(f"{long_name[0].upper()}{long_name[1:]}", 30)
+def axis_label(long_name: str, units: str, width: int = 30) -> str:
+    """What is on an axis, in lines of at most `width` letters, and its unit on one of its own."""
+    title = f"{long_name[0].upper()}{long_name[1:]}"
+    # A name such as fashion-mnist stays whole while it fits.
+    title = textwrap.fill(title, width, break_on_hyphens=False)
     return title if units in ("", "1") else f"{title}\n({units})"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ from vitprobe.report.svg import inline
 from vitprobe.wording import join
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -127,7 +128,7 @@ def draw(result: Comparison, folder: Path, lists: Lists) -> Pictures:
     ]
     of_tokens = [name for name in by_group["tokens"] if findings.is_defined(result, name, names)]
     images: dict[str, Markup] = {}
-    picture = partial(_picture, folder, images)
+    picture = partial(_picture, folder, images, count())
     heatmaps = len(names) * (len(names) + 1) // 2
 
     def heatmap(a: str, b: str) -> Picture:
@@ -431,6 +432,7 @@ def file_names(models: tuple[str, ...]) -> dict[str, str]:
 def _picture(
     folder: Path,
     images: dict[str, Markup],
+    numbered: Iterator[int],
     plot: Callable[[], Axes | Figure],
     name: str,
     kind: str,
@@ -447,7 +449,8 @@ def _picture(
     points = round(72 * figure_of(drawn).get_figwidth())
     plt.close(figure_of(drawn))
     svg = (folder / f"{name}.svg").read_text(encoding="utf-8")
-    prefix = re.sub(r"[^A-Za-z0-9]+", "-", name)
+    # Names that differ in a dot alone must not share ids, and long ones would be half of the page.
+    prefix = f"f{next(numbered)}"
     label = f"{kind}. {' '.join(caption)}"
     element = inline(svg, prefix=prefix, label=label, images=images)
     return Picture(name, element, tuple(caption), width, wide, found, points, models)

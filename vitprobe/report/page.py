@@ -23,6 +23,7 @@ from vitprobe.report import findings
 from vitprobe.report.cards import card, heads, parameters, sides
 from vitprobe.report.words import (
     LEVEL,
+    NBSP,
     bracket,
     count,
     digits_of,
@@ -336,7 +337,7 @@ def _glance(result: Comparison) -> dict[str, Any]:
         facts = {key: fact["value"] for key, fact in description["facts"].items()}
         columns["Parameters"][name] = parameters(description["parameters"])
         depth = show(facts["depth"])
-        numbered = f"{depth} × {heads(facts['heads'])}" if facts.get("heads") else depth
+        numbered = f"{depth}{NBSP}×{NBSP}{heads(facts['heads'])}" if facts.get("heads") else depth
         columns["Blocks × heads"][name] = numbered
         columns["Patch grid"][name] = _grids(result, name)
     for measure in ("attention_distance", "attention_entropy"):

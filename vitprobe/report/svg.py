@@ -77,9 +77,23 @@ def inline(svg: str, *, prefix: str, label: str, images: dict[str, Markup] | Non
     body = _DOTS.sub(_dotted, body)
     body = _MARKS.sub(_with_style_once, body)
     body = _LINES.sub(_as_one_path, body)
+    body = _ungrouped(body)
     for color, variable in _THEMED.items():
         body = body.replace(color, f"var(--{variable})")
     return Markup(f'<svg role="img" aria-label="{escape(label)}" viewBox="{box}">{body}')
+
+
+def _ungrouped(body: str) -> str:
+    """Without groups that say nothing of what they hold, of which matplotlib writes many."""
+    parts: list[str] = []
+    bare: list[bool] = []
+    for part in re.split(r"(<g>|<g [^>]*[^>/]>|</g>)", body):
+        if part.startswith("<g"):
+            bare.append(part == "<g>")
+        if part in ("<g>", "</g>") and (bare[-1] if part == "<g>" else bare.pop()):
+            continue
+        parts.append(part)
+    return "".join(parts)
 
 
 def _unbroken(data: str) -> str:

@@ -62,14 +62,19 @@ def digits_of(value: float, units: str) -> int:
 def bracket(value: float, low: float, high: float, units: str = "", least: int = 0) -> str:
     """A number, its unit and its interval: `45.2 px [44.9, 45.5]`.
 
-    To the digits that its interval supports, and at least to `least` decimals. Where there is no
-    interval, as `quantity`, or with `least` decimals.
+    To the digits that its interval supports, and at least to `least` decimals; to one or two more
+    where an end that is not 0 would else be printed as 0. Where there is no interval, as
+    `quantity`, or with `least` decimals.
     """
     scale, unit = _scaled(units)
     width = scale * (high - low)
     if not (np.isfinite(width) and width > 0):
         return f"{_fixed(scale * value, least)}{unit}" if least else quantity(value, units)
     digits = min(6, max(least, int(np.ceil(np.round(-np.log10(width / 3), 6)))))
+    # An interval that leaves 0 out says that two are told apart, and shall not look as if not.
+    near = scale * min(low, -high, key=abs)
+    if low * high > 0 and round(near, digits) == 0:
+        digits = next((d for d in (digits + 1, digits + 2) if round(near, d)), digits)
     middle, below, above = (_fixed(scale * end, digits) for end in (value, low, high))
     return f"{middle}{unit} [{below},{NBSP}{above}]"
 

@@ -136,7 +136,7 @@ def summary(result: Comparison, lists: Lists) -> list[tuple[str, str]]:
             *(("Methods", sentence) for sentence in methods(result, lists)),
         ]
     if "cka" in result.measures:
-        findings.append(("Similarity", overall_similarity(result)))
+        findings.append(("Similarity", overall_similarity(result, lists)))
         findings += [("Last layers", sentence) for sentence in last_layers(result)]
     if "attention_distance" in result.measures:
         findings.append(("Locality", locality(result)))

@@ -353,8 +353,10 @@ def _ranking(
             value += _of_uniform(result, measure, best, means[best])
         return f"{where}, {best} has a {noun} of {value}.{tail}"
     runner = ranked[1]
-    listed = ", ".join(f"{name} {texts[name]}" for name in ranked[:_MOST_LISTED])
-    if len(ranked) > _MOST_LISTED:
+    # Dots that stand for a single model would be longer than its number.
+    first = ranked if len(ranked) <= _MOST_LISTED + 1 else ranked[:_MOST_LISTED]
+    listed = ", ".join(f"{name} {texts[name]}" for name in first)
+    if len(first) < len(ranked):
         listed += f", … {ranked[-1]} {texts[ranked[-1]]}"
     difference = series[runner] - series[best]
     difference = difference[np.isfinite(difference)]
@@ -371,7 +373,7 @@ def _ranking(
         test = f"{LEVEL} interval, paired over {count(len(difference), 'image')}"
         if found.low <= 0 <= found.high:
             verdict = f"{best} and {runner} cannot be told apart: they differ by {text} ({test})"
-        elif judged is not None and _undecided(judged, best, runner):
+        elif judged is not None and undecided(judged, best, runner):
             verdict = (
                 f"{best} and {runner} cannot be told apart after Holm's correction: they differ "
                 f"by {text} ({test})"
@@ -381,7 +383,8 @@ def _ranking(
     return f"{where}, {verdict}. {noun[0].upper()}{noun[1:]}: {listed}.{tail}"
 
 
-def _undecided(table: pd.DataFrame, a: str, b: str) -> bool:
+def undecided(table: pd.DataFrame, a: str, b: str) -> bool:
+    """Whether a list of differences has two models that cannot be told apart."""
     pair = table["model_a"].isin((a, b)) & table["model_b"].isin((a, b))
     return bool((table[pair]["verdict"] == UNDECIDED).any())
 

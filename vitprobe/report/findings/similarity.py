@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vitprobe.measures.registry import MEASURES
+from vitprobe.plots.differences import rows_of
 from vitprobe.plots.similarity import below_floor
 from vitprobe.plots.style import subjects
 from vitprobe.report.findings.models import shown
@@ -19,7 +20,11 @@ from vitprobe.wording import join, layers_in_words
 if TYPE_CHECKING:
     import xarray as xr
 
+    from vitprobe.report.lists import Lists
     from vitprobe.results import Comparison
+
+# A sentence of more models is no summary.
+_MOST_LISTED = 4
 
 DOMINANT = 0.5
 """Share of variance from which one direction is said to dominate a layer's CKA."""
@@ -57,10 +62,27 @@ def similarity(result: Comparison, a: str, b: str) -> list[str]:
         lowest = f"{len(least)} layer pairs least ({value})"
     return [
         f"{highest}, {lowest}.",
+        *at_equal_depth(result, a, b),
         f"The mean over {len(cells)} layer pairs is {mean_with_interval(result, 'cka', a, b)}.",
         *_undefined(cka),
         *floor,
     ]
+
+
+def at_equal_depth(result: Comparison, a: str, b: str) -> list[str]:
+    """Which layers differ most of those at equal depth, as `Comparison.most_different` has it."""
+    found = result.equal_depth("cka", a, b).dropna("layer", subset=["value"])
+    texts = [two_digits(value) for value in found["value"].values]
+    if len(set(texts)) < 2:
+        return []
+    at = int(np.argmin(found["value"].values))
+    least = found.isel(layer=[i for i, text in enumerate(texts) if text == texts[at]])
+    if least.sizes["layer"] > 1:
+        which = f"{layers_in_words(least['layer'].values)} of {a} differ most from those of {b}"
+        return [f"At equal depth, {which} (each {texts[at]})."]
+    row, column = int(least["layer"][0]), int(least["layer_b"][0])
+    value = with_interval(result, a, b, float(least["value"][0]), row, column)
+    return [f"At equal depth, layer {row} of {a} and layer {column} of {b} differ most ({value})."]
 
 
 def floors(result: Comparison, measure: str, pairs: Iterable[tuple[str, str]]) -> list[str]:
@@ -151,34 +173,42 @@ def mean_by_pair(result: Comparison, measure: str) -> str:
     return f"{MEASURES[measure].title}, mean over layer pairs: {listed}."
 
 
-def overall_similarity(result: Comparison) -> str:
-    """Which two models are most and least alike over all layer pairs; one model: its own layers."""
+def overall_similarity(result: Comparison, lists: Lists) -> str:
+    """Which two models are most and least alike at equal depth; one model: its own layers.
+
+    Of two models the layer pairs that are.
+    """
     names = subjects(result)
     if len(names) == 1:
         return _self_similarity(result, names[0])[0]
-    pairs = list(combinations(names, 2))
-    if len(pairs) == 1:
-        return similarity(result, *pairs[0])[0] + _untrained(result, pairs)
-    means = {pair: _mean(cells) for pair in pairs if (cells := _cells(result.cka(*pair)))}
-    if not means:
+    if len(names) == 2:
+        a, b = names
+        sentences = [similarity(result, a, b)[0], *at_equal_depth(result, a, b)]
+        return " ".join(sentences) + _untrained(result, [(a, b)])
+    # The numbers of the map of models: over all layer pairs, other models may be the most alike.
+    table = lists.models
+    rows = [] if table is None else list(rows_of(table[table["similarity"].notna()]))
+    texts = {(row.model_a, row.model_b): two_digits(row.similarity) for row in rows}
+    if not texts:
         return "CKA is undefined for every pair of models."
-    high, low = (two_digits(choose(means.values())) for choose in (max, min))
-    most = [pair for pair, mean in means.items() if two_digits(mean) == high]
-    least = [pair for pair, mean in means.items() if two_digits(mean) == low]
+    values = [row.similarity for row in rows]
+    high, low = (two_digits(choose(values)) for choose in (max, min))
+    most, least = ([pair for pair, text in texts.items() if text == end] for end in (high, low))
+    ends = {(row.model_a, row.model_b): (row.similarity, row.low, row.high) for row in rows}
     if len(most) == 1:
-        high = mean_with_interval(result, "cka", *most[0])
+        high = bracket(*ends[most[0]], least=2)
     if len(least) == 1:
-        low = mean_with_interval(result, "cka", *least[0])
+        low = bracket(*ends[least[0]], least=2)
     caution = _untrained(result, most)
     if most == least:
-        return f"All pairs of models are equally alike: mean CKA over layer pairs {high}.{caution}"
+        return f"All pairs of models are equally alike: mean CKA at equal depth {high}.{caution}"
     highest = (
         f"{join(most[0])} are the most alike pair of models"
         if len(most) == 1
         else f"{len(most)} pairs of models are most alike"
     )
     lowest = join(least[0]) if len(least) == 1 else f"{len(least)} pairs"
-    return f"Over all layers, {highest} (mean CKA {high}) and {lowest} the least ({low}).{caution}"
+    return f"At equal depth, {highest} (mean CKA {high}) and {lowest} the least ({low}).{caution}"
 
 
 def last_layers(result: Comparison) -> list[str]:
@@ -202,23 +232,29 @@ def last_layers(result: Comparison) -> list[str]:
 
 def dominance(result: Comparison) -> list[str]:
     """Layers in which one direction holds more than `DOMINANT` of the variance."""
-    sentences = []
+    parts, tops = [], {}
     for name in shown(result):
         share = result.first_direction_share(name)
         held = share[share.values > DOMINANT]
         if held.sizes["layer"]:
             peaks, value = peaks_of(held)
-            listed = layers_in_words(held["layer"].values)
-            top = (
-                value
-                if len(peaks) == held.sizes["layer"]
-                else f"up to {value} in {layers_in_words(peaks)}"
-            )
-            sentences.append(
-                f"In {name}, one direction holds more than half of the variance of {listed} "
-                f"({top}): CKA there mostly compares that direction."
-            )
-    return sentences
+            alike = len(peaks) == held.sizes["layer"]
+            top = value if alike else f"up to {value} in {layers_in_words(peaks)}"
+            parts.append(f"{layers_in_words(held['layer'].values)} of {name} ({top})")
+            tops[name] = float(held.max())
+    if not parts:
+        return []
+    where = join(parts)
+    if len(parts) > _MOST_LISTED:
+        name = max(tops, key=tops.__getitem__)
+        where = (
+            f"some layers of {len(parts)} of {len(shown(result))} models (up to "
+            f"{percent(tops[name])} in {name})"
+        )
+    return [
+        f"One direction holds more than half of the variance of {where}: CKA there mostly compares "
+        "that direction."
+    ]
 
 
 def largest_share(result: Comparison) -> str:

@@ -10,7 +10,7 @@ from vitprobe.plots.accuracy_panels import by_protocol
 from vitprobe.plots.depth import depths, panels_of
 from vitprobe.plots.differences import rows_of
 from vitprobe.plots.style import attention_noun, measured, subjects
-from vitprobe.report.findings.layers import first_blocks, per_image
+from vitprobe.report.findings.layers import first_blocks, per_image, undecided
 from vitprobe.report.findings.models import patch_layers
 from vitprobe.report.findings.similarity import mean_with_interval
 from vitprobe.report.words import LEVEL, bracket, count
@@ -40,7 +40,10 @@ def headline(result: Comparison, lists: Lists) -> list[tuple[str, str, str]]:
     if "attention_entropy" in result.measures:
         names = measured(result, "attention_entropy", subjects(result))
         chosen = {name: slice(None) for name in names if patch_layers(result, name)}
-        found += _least(result, "attention_entropy", chosen, "Narrowest attention, mean entropy")
+        what = "Narrowest attention, mean entropy"
+        table = lists.differences
+        judged = table[table["measure"] == "attention_entropy"]
+        found += _least(result, "attention_entropy", chosen, what, judged)
     return [*_best(result), *found][:4]
 
 
@@ -135,9 +138,16 @@ def _similarity(result: Comparison, lists: Lists) -> list[tuple[str, str, str]]:
 
 
 def _least(
-    result: Comparison, measure: str, blocks: dict[str, slice], what: str
+    result: Comparison,
+    measure: str,
+    blocks: dict[str, slice],
+    what: str,
+    judged: pd.DataFrame | None = None,
 ) -> list[tuple[str, str, str]]:
-    """The model with the least of a measure, or both that lead and cannot be told apart."""
+    """The model with the least of a measure, or both that lead and cannot be told apart.
+
+    `judged` holds the Holm-corrected verdicts where the list of differences has these numbers.
+    """
     if len(blocks) < 2 or result.groups:
         return []
     relative = result.needs_relative(measure, tuple(blocks))
@@ -155,7 +165,7 @@ def _least(
     apart = paired(series[runner], series[best])
     found = means[best]
     text = bracket(float(found.value), float(found.low), float(found.high), units)
-    told = bool(apart.low > 0)
+    told = bool(apart.low > 0) and not (judged is not None and undecided(judged, best, runner))
     return [(what, text, best if told else f"{best}, not told apart from {runner}")]
 
 
