@@ -1,12 +1,14 @@
 """Made pictures of shapes, with a mask for each: data for detection and segmentation without any.
 
-Circles, squares, triangles and crosses of any colour, size and direction lie on a background of
-noise and stripes, some behind others. Colour and texture say nothing about the class. Every picture
-is a function of (seed, part, number), so that two machines make the same set.
+Circles, squares, triangles and crosses of any size and direction lie on a greyish background of
+smooth noise, some behind others. A class has its outline and its range of hues, so that a small
+model learns it from some hundred pictures. Every picture is a function of (seed, part, number), so
+that two machines make the same set.
 """
 
 from __future__ import annotations
 
+import colorsys
 import json
 import math
 import tempfile
@@ -29,6 +31,8 @@ _SEEN: Final = 0.5
 """Least share of a shape that others leave to be seen."""
 _CONTRAST: Final = 60
 """Least distance in RGB between a shape's colour and that of what it covers."""
+_HUES: Final = 0.4
+"""How far a hue lies from that of its class, in distances between classes: they do not overlap."""
 _IGNORED: Final = 255
 # As in PASCAL VOC: a pixel's value is its class, and the colour is for looking at. All 256 colours
 # are there, as Pillow would store fewer in too few bits for what is ignored.
@@ -49,7 +53,7 @@ class Shapes:
     val: int = 200
     size: int = 64
     fewest: int = 1
-    most: int = 4
+    most: int = 3
 
     def __post_init__(self) -> None:
         if min(self.train, self.val) < 1:
@@ -92,7 +96,7 @@ def draw(shapes: Shapes, part: str, number: int) -> Picture:
     """The picture of that number in "train" or "val"."""
     rng = np.random.default_rng([shapes.seed, _PARTS.index(part), number])
     size = shapes.size
-    image = _texture(rng, size)
+    image = _background(rng, size)
     masks: list[NDArray[np.bool_]] = []
     labels: list[int] = []
     for _ in range(int(rng.integers(shapes.fewest, shapes.most + 1))):
@@ -107,34 +111,48 @@ def draw(shapes: Shapes, part: str, number: int) -> Picture:
         masks = [*behind, mask]
         labels.append(label)
         around = image[mask].mean(axis=0)
-        texture = _texture(rng, size, faint=0.35)
-        while np.linalg.norm(texture[mask].mean(axis=0) - around) < _CONTRAST:
-            texture = _texture(rng, size, faint=0.35)
-        image[mask] = texture[mask]
+        coat = _coat(rng, size, label)
+        while np.linalg.norm(coat[mask].mean(axis=0) - around) < _CONTRAST:
+            coat = _coat(rng, size, label)
+        image[mask] = coat[mask]
     stacked = np.stack(masks) if masks else np.zeros((0, size, size), dtype=bool)
     image += 8 * rng.standard_normal(image.shape, dtype=np.float32)
     pixels = image.clip(0, 255).round().astype(np.uint8)
     return Picture(pixels, stacked, np.array(labels, dtype=np.int64))
 
 
-def _texture(rng: np.random.Generator, size: int, faint: float = 1.0) -> NDArray[np.float32]:
-    """Two colours mixed by smooth noise and stripes; `faint` brings them closer together."""
-    rows, columns = np.mgrid[:size, :size] / size
-    angle, waves, phase = rng.uniform(0, math.pi), rng.uniform(2, 8), rng.uniform(0, math.tau)
-    stripes = np.sin(
-        math.tau * waves * (rows * math.sin(angle) + columns * math.cos(angle)) + phase
+def _background(rng: np.random.Generator, size: int) -> NDArray[np.float32]:
+    """(size, size, 3) of smooth noise between two greyish colours."""
+    one, other = (
+        _rgb(rng.uniform(), rng.uniform(0, 0.3), rng.uniform(0.15, 0.85)) for _ in range(2)
     )
-    coarse = Image.fromarray(rng.uniform(-1, 1, (5, 5)).astype(np.float32))
-    smooth = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
-    mixed = (0.5 + faint * (0.2 * stripes + 0.3 * smooth)).clip(0, 1)[..., None]
-    one, other = rng.uniform(30, 225, (2, 3))
-    made: NDArray[np.float32] = (mixed * one + (1 - mixed) * other).astype(np.float32)
-    return made
+    return _noise(rng, size, one, other)
+
+
+def _coat(rng: np.random.Generator, size: int, label: int) -> NDArray[np.float32]:
+    """(size, size, 3) that a shape of that class is cut from."""
+    hue = (label + rng.uniform(-_HUES, _HUES)) / len(CLASSES)
+    saturation, value = rng.uniform(0.5, 1), rng.uniform(0.4, 1)
+    return _noise(rng, size, _rgb(hue, saturation, value), _rgb(hue, saturation, 0.7 * value))
+
+
+def _noise(
+    rng: np.random.Generator, size: int, one: NDArray[Any], other: NDArray[Any]
+) -> NDArray[np.float32]:
+    coarse = Image.fromarray(rng.uniform(0, 1, (5, 5)).astype(np.float32))
+    share = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))[..., None]
+    mixed: NDArray[np.float32] = (share * one + (1 - share) * other).astype(np.float32)
+    return mixed
+
+
+def _rgb(hue: float, saturation: float, value: float) -> NDArray[Any]:
+    """In 0 … 255."""
+    return 255 * np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value))
 
 
 def _shape(rng: np.random.Generator, size: int) -> tuple[int, NDArray[np.bool_]]:
     label = int(rng.integers(len(CLASSES)))
-    radius = rng.uniform(0.12, 0.25) * size
+    radius = rng.uniform(0.14, 0.26) * size
     x, y = rng.uniform(0.9 * radius, size - 0.9 * radius, 2)
     turn = rng.uniform(0, math.tau)
     canvas = Image.new("L", (size * _FINE, size * _FINE))

@@ -1,5 +1,7 @@
-"""What predictors learn of the shapes from a masked autoencoder, and that they do from nothing else
-so well; one update at the paper's size."""
+"""What predictors learn of the shapes from a masked autoencoder; one update at the paper's size.
+
+That it beats random weights is not tested, since on the shapes it does not (docs/dense.md).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from vitprobe.models import load
 MAE = """
 data = "{data}"
 epochs = 20
-batch_size = 100
+batch_size = 40
 precision = "fp32"
 threads = 1
 
@@ -41,7 +43,7 @@ decoder_depth = 1
 decoder_heads = 4
 
 [optimizer]
-lr = 6e-3
+lr = 1.2e-2
 weight_decay = 0.05
 betas = [0.9, 0.95]
 warmup_epochs = 2
@@ -69,13 +71,10 @@ def scores(protocol, spec, data, recipe):
 
 
 @pytest.mark.slow
-def test_detection_learns_the_shapes_and_better_from_a_masked_autoencoder(place):
-    data = place / "shapes" / "coco"
-    pretrained = scores("detection", f"run:{place}/mae", data, "shapes_vitdet")
-    untrained = scores("detection", f"init:{place}/mae/encoder.safetensors", data, "shapes_vitdet")
-    assert pretrained["box_ap50"] > 0.8
-    assert pretrained["box_ap"] > untrained["box_ap"]
-    assert pretrained["mask_ap"] > untrained["mask_ap"]
+def test_detection_learns_the_shapes(place):
+    found = scores("detection", f"run:{place}/mae", place / "shapes" / "coco", "shapes_vitdet")
+    assert found["box_ap50"] > 0.8
+    assert found["mask_ap"] > 0.25
 
 
 @pytest.mark.slow
