@@ -3,13 +3,29 @@ from __future__ import annotations
 import pytest
 
 import vitprobe as vp
-from vitprobe.demo import demo
+from vitprobe.demo import BUNDLED, demo
 from vitprobe.errors import ResultError
+
+
+def test_the_demo_compares_what_comes_with_vitprobe(tmp_path):
+    page = demo(tmp_path / "demo")
+    result = vp.open_result(page.parent / "results.nc")
+    assert result.models == (*BUNDLED, "Untrained twin")
+    assert result.provenance["images"]["count"] == 512
+    for name in BUNDLED:
+        described = result.describe(name)
+        assert described["facts"]["heads"]["evidence"] == "config"
+        assert described["training"]["schedule"]
+        # Training leaves nothing of the evenness that attention starts with.
+        entropy = result.attention_entropy(name, relative=True)
+        assert entropy.min() < result.attention_entropy("Untrained twin", relative=True).min()
+    with pytest.raises(ResultError, match="exists; give another --out"):
+        demo(tmp_path / "demo")
 
 
 @pytest.mark.slow
 def test_the_demo_trains_and_compares(tmp_path):
-    page = demo(tmp_path / "demo")
+    page = demo(tmp_path / "demo", train=True)
     assert page.name == "report.html"
     result = vp.open_result(page.parent / "results.nc")
     assert result.models == ("MAE", "MoCo-v3", "Supervised", "D-MAE", "Untrained")

@@ -212,8 +212,6 @@ def follow(page, capsys, skip=()):
 
 @pytest.mark.slow
 def test_five_minutes_are_as_told(desk, capsys):
-    for recipe in ("digits_mae", "digits_supervised"):
-        vp.pretrain(recipe, f"demo/runs/{recipe}", overrides={"epochs": 1}, progress=False)
     shutil.rmtree("photos")
     follow(DOCS / "start.md", capsys, skip=("demo",))
     for name in ("cka.pdf", "figure_2.svg", "mae-vs-supervised/report.html"):

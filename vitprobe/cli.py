@@ -60,17 +60,19 @@ _NO_MEMORY = "memory ran out; give a smaller --batch-size or --block, or fewer m
 
 @dataclass
 class Demo:
-    """Train four small ViTs on handwritten digits and compare them; nothing is downloaded."""
+    """Compare the encoders that come with vitprobe; nothing is downloaded."""
 
     out: Path = Path("demo")
-    """Folder for the runs and the report."""
+    """Folder for the report, and for the runs of --train."""
+    train: bool = False
+    """Train four small ViTs on handwritten digits, and compare those."""
     force: bool = False
     """Replace what an earlier demo left there."""
 
     def run(self) -> str:
         from vitprobe.demo import demo
 
-        return str(demo(self.out, force=self.force))
+        return str(demo(self.out, train=self.train, force=self.force))
 
 
 @dataclass

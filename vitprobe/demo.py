@@ -1,4 +1,5 @@
-"""The demonstration: four small ViTs trained on handwritten digits, then compared."""
+"""The demonstration: the encoders that come with vitprobe compared, or four small ViTs trained on
+handwritten digits first."""
 
 from __future__ import annotations
 
@@ -8,16 +9,26 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
+from vitprobe.bundled import SAMPLE
 from vitprobe.compare import compare
 from vitprobe.data.images import images
 from vitprobe.data.labelled import Arrays, load_labelled
 from vitprobe.errors import ResultError
 from vitprobe.models import load
 from vitprobe.report import report
+from vitprobe.results import Comparison
 from vitprobe.training import pretrain
 
+BUNDLED = {
+    "Supervised": "bundled:fashion_supervised",
+    "MoCo-v3": "bundled:fashion_mocov3",
+    "DINO": "bundled:fashion_dino",
+    "MAE": "bundled:fashion_mae",
+    "D-MAE": "bundled:fashion_dmae",
+}
 RECIPES = {
     "MAE": "digits_mae",
     "MoCo-v3": "digits_mocov3",
@@ -28,13 +39,16 @@ TEACHER = "MAE"
 UNTRAINED = {"epochs": 0}
 
 
-def demo(out: str | Path, *, force: bool = False) -> Path:
-    """Train an MAE, a MoCo-v3, a supervised ViT and a D-MAE that the MAE teaches on scikit-learn's
-    digits, compare them and their untrained start on the test images, and write the report.
-    Nothing is downloaded.
+def demo(out: str | Path, *, train: bool = False, force: bool = False) -> Path:
+    """Compare small ViTs and write the report. Nothing is downloaded.
+
+    Those that come with vitprobe (supervised, MoCo-v3, DINO, MAE and D-MAE on Fashion-MNIST) and an
+    untrained twin, on 512 test images that come with it too; or, with `train`, an MAE, a MoCo-v3, a
+    supervised ViT and a D-MAE that the MAE teaches, trained first on scikit-learn's digits.
 
     Args:
-        out: folder for `runs/` and `report/`.
+        out: folder for `report/`, and for `runs/` where they are trained.
+        train: train on digits first, one to two minutes on two cores.
         force: replace what an earlier demo left there.
 
     Returns:
@@ -46,6 +60,21 @@ def demo(out: str | Path, *, force: bool = False) -> Path:
     out = Path(out)
     if out.exists() and not force:
         raise ResultError(f"'{out}' exists; give another --out, or --force to replace it")
+    result = _trained(out, force=force) if train else _bundled()
+    out.mkdir(parents=True, exist_ok=True)
+    return report(result, out / "report", force=force)
+
+
+def _bundled() -> Comparison:
+    _say("comparing the encoders that come with vitprobe on 512 images of Fashion-MNIST")
+    with np.load(SAMPLE) as sample:
+        pictures = images(sample["images"][:, None].astype(np.float32) / 255)
+    pictures.source = "Fashion-MNIST, first 512 test images"
+    models = [load(spec, name=name) for name, spec in BUNDLED.items()]
+    return compare(models, pictures, random_reference=True)
+
+
+def _trained(out: Path, *, force: bool) -> Comparison:
     models = []
     for name, encoder in _train(out / "runs", force=force).items():
         models.append(load(encoder, name=name))
@@ -55,8 +84,7 @@ def demo(out: str | Path, *, force: bool = False) -> Path:
     _say("comparing them on the test images")
     pictures = images(_test_images())
     pictures.source = "scikit-learn's digits, test images"
-    result = compare(models, pictures)
-    return report(result, out / "report", force=force)
+    return compare(models, pictures)
 
 
 def _train(runs: Path, *, force: bool) -> dict[str, Path]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from vitprobe.bundled import bundled_encoder
 from vitprobe.errors import CaptureError, CheckpointError, SourceError
 from vitprobe.models.architecture import infer_architecture
 from vitprobe.models.branches import choose_branch, saved_settings
@@ -45,8 +46,8 @@ def load(
     heads: int | None = None,
     **options: Any,
 ) -> Model:
-    """Load a model from a spec: "path/to/file", "path/to/saved/folder", "run:DIR", "timm:NAME",
-    "hf:FOLDER_OR_REPOSITORY", "torchvision:NAME", "init:NAME".
+    """Load a model from a spec: "path/to/file", "path/to/saved/folder", "run:DIR", "bundled:NAME",
+    "timm:NAME", "hf:FOLDER_OR_REPOSITORY", "torchvision:NAME", "init:NAME".
 
     "init:" before any of them takes only the architecture and draws the weights; "init:NAME" is a
     timm model.
@@ -84,7 +85,12 @@ def load(
 
 
 def checkpoint_path(spec: ModelSpec) -> Path:
-    """Where the file or saved folder of a spec of one lies."""
+    """Where the file or saved folder of a spec of one lies.
+
+    Raises SourceError for an encoder that does not come with vitprobe.
+    """
+    if spec.kind == "bundled":
+        return bundled_encoder(spec.target)
     return Path(spec.target) / RUN_ENCODER if spec.kind == "run" else Path(spec.target)
 
 

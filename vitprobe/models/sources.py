@@ -4,6 +4,7 @@ A spec is `SOURCE[,option=value…]`, where SOURCE is one of
 
 - `path/to/checkpoint`: a file, or a saved folder, in any dialect of `vitprobe.models.formats`
 - `run:DIR`: the encoder that `vitprobe pretrain` left in DIR
+- `bundled:NAME`: an encoder that comes with vitprobe, `bundled:fashion_mae`
 - `timm:NAME`: a timm model with its published weights
 - `hf:FOLDER_OR_REPOSITORY`: a model of transformers, run by that library
 - `torchvision:NAME`: a torchvision model with its published weights
@@ -21,24 +22,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vitprobe.bundled import bundled_encoder
 from vitprobe.errors import SourceError, suggest
 
 PROBE_SUFFIX = ".probe"
 RUN_ENCODER = "encoder.safetensors"
 """The file of a run that holds its encoder."""
 LIBRARIES = ("hf", "torchvision")
-_PREFIXES = ("file", "run", "timm", *LIBRARIES, "init")
+_PREFIXES = ("file", "run", "bundled", "timm", *LIBRARIES, "init")
 # With random weights: of a timm model, a file, and the models of the libraries.
 RANDOM = ("init", "init_file", *(f"init_{library}" for library in LIBRARIES))
-_FILES = ("file", "run", "init_file")
-_KINDS = ("file", "run", "timm", *LIBRARIES, *RANDOM)
+_FILES = ("file", "run", "bundled", "init_file")
+_KINDS = ("file", "run", "bundled", "timm", *LIBRARIES, *RANDOM)
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     """Where a model comes from.
 
-    kind: "file", "run", "timm", "hf", "torchvision", "probe", or with random weights
+    kind: "file", "run", "bundled", "timm", "hf", "torchvision", "probe", or with random weights
         "init" (of a timm name), "init_file" (of a checkpoint's), "init_hf" or "init_torchvision".
     target: path of a file, folder or run directory, or the name of a model or repository.
     options: validated values of the options that were given (`OPTIONS` lists them).
@@ -90,6 +92,8 @@ def _split_kind(source: str, text: str) -> tuple[str, str]:
             prefix, target = f"init_{library}", rest
         elif library == "run" and rest:
             prefix, target = "init_file", str(Path(rest) / RUN_ENCODER)
+        elif library == "bundled" and rest:
+            prefix, target = "init_file", str(bundled_encoder(rest))
         elif target and _exists(target):
             prefix = "init_file"
     if not target:

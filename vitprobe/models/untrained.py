@@ -30,7 +30,7 @@ def untrained(model: Model, name: str) -> Model:
     spec = parse_spec(model.spec)
     options: dict[str, Any] = {"size": model.input_size[1:], "mean": model.mean, "std": model.std}
     target = spec.target
-    if spec.kind in ("file", "run", "init_file"):
+    if spec.kind in ("file", "run", "bundled", "init_file"):
         target = str(checkpoint_path(spec))
         if not Path(target).exists():
             raise SourceError(f"its file '{target}' is gone")
