@@ -10,7 +10,7 @@ from figures.common import LOOKS, counted, dots, letters, look, mosaic, present,
 PROTOCOLS = (
     ("knn", 1.0, "k-NN"),
     ("linear", 1.0, "Linear probe"),
-    ("finetune", 1.0, "Tuned, 100 %"),
+    ("finetune", 1.0, "Tuned, all"),
     ("finetune", 0.1, "Tuned, 10 %"),
     ("finetune", 0.01, "Tuned, 1 %"),
 )

@@ -18,7 +18,7 @@ import pandas as pd
 from scipy import stats
 
 from analyses.fashion.reading import RESULTS, Study, same_layers
-from analyses.sections import fill, table
+from analyses.sections import fill, table, wrapped
 from vitprobe.statistics import holm, quantile
 
 HERE = Path(__file__).parent
@@ -346,7 +346,7 @@ def summary(judged: pd.DataFrame) -> str:
 
 def main(results: Path = RESULTS) -> None:
     """results: that `make study` wrote."""
-    from analyses.fashion.tables import accuracies, made_by, runs
+    from analyses.fashion.tables import accuracies, made_by, not_above_random, runs
 
     study = Study(results)
     judged = findings(study)
@@ -354,7 +354,8 @@ def main(results: Path = RESULTS) -> None:
     text = f"Of {len(judged)} statements {summary(judged)}. {made_by(study)}"
     fill(page, "findings", f"{text}\n\n{findings_table(judged)}")
     own = HERE / "README.md"
-    fill(own, "numbers", f"{made_by(study)}\n\n{accuracies(study)}")
+    numbers = f"{made_by(study)}\n\n{accuracies(study)}\n\n{wrapped(not_above_random(study))}"
+    fill(own, "numbers", numbers)
     fill(own, "runs", runs(study))
     print(page, own, sep="\n")
 

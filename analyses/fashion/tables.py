@@ -7,10 +7,12 @@ from typing import Final
 import numpy as np
 
 import vitprobe as vp
+from analyses.fashion.findings import difference, over_seeds
 from analyses.fashion.reading import VARIANTS, Study
 from analyses.fashion.study import NAMES, RANDOM, SYSTEMS
 from analyses.sections import table
 from vitprobe.statistics import t_interval
+from vitprobe.wording import join
 
 PROTOCOLS: Final = (
     ("knn", 1.0, "k-NN"),
@@ -44,6 +46,36 @@ def accuracies(study: Study) -> str:
         if any(cell != "–" for cell in cells):
             rows.append((method, str(len(models)), *cells))
     return table(("system", "seeds", *(label for *_, label in PROTOCOLS)), rows)
+
+
+def not_above_random(study: Study) -> str:
+    """Which systems do not exceed the untrained ones by more than the interval of the difference.
+
+    The interval is that of a finding (Welch's, seeds as the unit); a system of one seed has none.
+    """
+    parts = []
+    for protocol, labels, label in PROTOCOLS:
+        untrained = study.accuracy(study.seeds("Random"), protocol, labels=labels)
+        found = {
+            method: difference(
+                study.accuracy(study.seeds(method), protocol, labels=labels), untrained
+            )
+            for method in study.methods
+            if method not in ("Random", "MAE fine-tuned")
+        }
+        names = [
+            method
+            for method, effect in found.items()
+            if effect is not None and not over_seeds(effect).low > 0
+        ]
+        if names:
+            parts.append(f"by {label}, {join(names)}")
+    if not parts:
+        return "All are above Random by more than the interval of the difference."
+    return (
+        "Not above Random by more than the 95 % interval of the difference over seeds (systems of "
+        f"one seed have none): {'; '.join(parts)}."
+    )
 
 
 def _mean(values: np.ndarray) -> str:
