@@ -98,7 +98,7 @@ def scale(mesh: QuadMesh, axes: Any, label: str, **kwargs: Any) -> None:
 def rows_of(ax: Axes, names: Sequence[str]) -> None:
     """Name the rows of dots from the top."""
     ax.set_yticks(range(len(names)), names)
-    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_ylim(max(len(names), 1) - 0.5, -0.5)
     ax.grid(axis="x", color=GRID, linewidth=0.5)
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)

@@ -220,10 +220,21 @@ class Scores:
         """
         path = Path(path)
         rows = [{k: None if v != v else v for k, v in asdict(row).items()} for row in self.rows]
-        data = {"format": FORMAT, "rows": rows, "provenance": list(self.provenance)}
+        parts = (
+            f'"format": {json.dumps(FORMAT)}',
+            f'"rows": {_lines(rows)}',
+            f'"provenance": {_lines(self.provenance)}',
+        )
+        text = ",\n".join(parts)
         with replacing(path) as partial:
-            partial.write_text(json.dumps(data, indent=1, allow_nan=False), encoding="utf-8")
+            partial.write_text(f"{{{text}}}\n", encoding="utf-8")
         return path
+
+
+def _lines(items: Iterable[Any]) -> str:
+    """A JSON list with a line an item: a tenth of the size of an indented one, and still to read."""
+    inner = ",\n".join(json.dumps(item, allow_nan=False) for item in items)
+    return f"[\n{inner}\n]"
 
 
 def open_scores(path: str | Path) -> Scores:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,16 @@ def results(schedule: Schedule, runs: Path, data: Path, out: Path) -> None:
     _compare(_snapshots(schedule, runs), pictures, {}, schedule, out / "training.nc")
     _compare(_variants(runs), pictures, {}, schedule, out / "distillation.nc")
     found = sorted((runs / "scores").glob("*/scores.json"))
-    sum((open_scores(path) for path in found), Scores([])).save(out / "scores.json")
+    scores = sum((open_scores(path) for path in found), Scores([]))
+    Scores(scores.rows, [_brief(one) for one in scores.provenance]).save(out / "scores.json")
     costs = json.dumps(_costs(schedule, runs), indent=1)
     (out / "costs.json").write_text(f"{costs}\n", encoding="utf-8")
+
+
+def _brief(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """That of an evaluation without what the comparisons say of the same model, by its hash."""
+    model = {key: provenance["model"][key] for key in ("name", "spec", "sha256")}
+    return {**provenance, "model": model}
 
 
 def _systems(schedule: Schedule, runs: Path) -> tuple[list[vp.Model], dict[str, Sequence[str]]]:
