@@ -232,7 +232,7 @@ class Scores:
 
 
 def _lines(items: Iterable[Any]) -> str:
-    """A JSON list with a line an item: a tenth of the size of an indented one, and still to read."""
+    """A JSON list with a line an item."""
     inner = ",\n".join(json.dumps(item, allow_nan=False) for item in items)
     return f"[\n{inner}\n]"
 
