@@ -58,11 +58,16 @@ def draw(study: Study) -> Figure:
 
 
 def caption(study: Study) -> str:
+    missing = [
+        label for name, (label, _) in styles(study).items() if study.accuracy([name], "knn").empty
+    ]
+    gaps = f" Not evaluated: {', '.join(missing)}." if missing else ""
     return (
         "What of the teacher is distilled into an MAE student: the attention of one block "
         "(block 11, the last, is D-MAE; blocks 5 and 2 are the middle and a lower one), of all "
         "blocks, or the hidden states. (a) Debiased CKA of each layer with the same layer of the "
-        "teacher. (b, c) Accuracy of frozen features on the 10,000 test images. One seed each: "
-        f"no interval, and no difference here is more than a hint. {images_of(study)} in (a). "
+        "teacher. (b, c) Accuracy of frozen features on the 10,000 test images."
+        f"{gaps} One seed each: no interval, and no difference here is more than a hint. "
+        f"{images_of(study)} in (a). "
         f"{setting(study)}"
     )
