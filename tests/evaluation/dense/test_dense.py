@@ -167,7 +167,7 @@ def test_dry_runs_say_what_it_would_take(place, capsys):
     data = ["--data", "shapes", "--out", place / "run", "--dry-run"]
     assert command("segmentation", spec(place), *data, "--recipe", "shapes_segmentation") == 0
     printed = capsys.readouterr().out
-    assert "# steps: 500 (10 epochs x 50)" in printed.splitlines()
+    assert "# steps: 600 (6 epochs x 100)" in printed.splitlines()
     assert "800 to train on, 200 to test on" in printed
     assert not (place / "run").exists()
 
