@@ -19,10 +19,10 @@ from vitprobe.scores import open_scores
 RESULTS = Path(__file__).parent / "results"
 VARIANTS = {
     "D-MAE 0": "block 11 (D-MAE)",
-    "D-MAE, middle 0": "block 5",
-    "D-MAE, lower 0": "block 2",
-    "D-MAE, all 0": "all blocks",
-    "D-MAE, hidden 0": "hidden states",
+    "D-MAE middle 0": "block 5",
+    "D-MAE lower 0": "block 2",
+    "D-MAE all 0": "all blocks",
+    "D-MAE hidden 0": "hidden states",
 }
 """What is distilled in each model of distillation.nc that a teacher taught."""
 

@@ -201,7 +201,7 @@ def model_spec(system: str, seed: int, runs: Path) -> tuple[str, str, Path]:
         path = runs / f"mae-{seed}" / "snapshots" / "epoch_0000.safetensors"
         return f"Random {seed}", str(path), path
     run = runs / (system if system.startswith("dmae-") else f"{system}-{seed}")
-    name = NAMES.get(system) or f"D-MAE, {system.removeprefix('dmae-')}"
+    name = NAMES.get(system) or f"D-MAE {system.removeprefix('dmae-')}"
     return f"{name} {seed}", f"run:{run}", run / "encoder.safetensors"
 
 

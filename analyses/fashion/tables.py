@@ -119,4 +119,4 @@ def recipe_of(name: str) -> str:
     if name.lower().startswith(RANDOM):
         return SYSTEMS["mae"]
     methods = {method: SYSTEMS[system] for system, method in NAMES.items()}
-    return methods[name.partition(",")[0] if "," in name else name.rsplit(" ", 1)[0]]
+    return methods[name.partition(" ")[0]]

@@ -15,8 +15,10 @@ from analyses.fashion.reading import Study
 from analyses.fashion.study import Job, Schedule, evaluation, main, model_spec, training
 from analyses.fashion.tables import recipe_of
 from analyses.sections import fill
+from vitprobe.commands.arguments import named
 from vitprobe.errors import DataError, RecipeError, ResultError
 from vitprobe.evaluation.finetune import Finetune
+from vitprobe.models.sources import parse_spec
 
 
 @pytest.fixture
@@ -95,7 +97,7 @@ def test_evaluations_wait_for_the_encoder_that_they_score(short):
     name, spec, needed = model_spec("random", 1, runs)
     assert (name, spec) == ("Random 1", str(needed))
     assert needed == runs / "mae-1" / "snapshots" / "epoch_0000.safetensors"
-    assert model_spec("dmae-all", 0, runs)[:2] == ("D-MAE, all 0", "run:runs/dmae-all")
+    assert model_spec("dmae-all", 0, runs)[:2] == ("D-MAE all 0", "run:runs/dmae-all")
 
 
 @pytest.mark.parametrize("name", ["gpu", "cpu", "short"])
@@ -110,6 +112,13 @@ def test_fine_tunings_are_of_so_many_updates_and_not_epochs(name):
         updates=plan.finetune_updates,
         overrides=dict(change.split("=") for change in changes),
     )
+
+
+def test_commands_can_read_the_names_of_all_models(short):
+    for job in evaluation(short, Path("runs"), Path("data.npz")):
+        name, spec = named(job.command[2])
+        assert name
+        parse_spec(spec)
 
 
 def test_done_runs_are_left_alone_and_halves_are_resumed(tmp_path, ran):
@@ -155,7 +164,7 @@ def test_a_part_of_the_study_is_chosen_by_name(short):
     [
         ("Teacher 0", "fashion_teacher"),
         ("MoCo-v3 2", "fashion_mocov3"),
-        ("D-MAE, all 0", "fashion_dmae"),
+        ("D-MAE all 0", "fashion_dmae"),
         ("Random 1", "fashion_mae"),
         ("MAE fine-tuned 2", "fashion_finetune"),
     ],
