@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -43,6 +45,29 @@ def find_device(name: str) -> torch.device:
             f"device '{name}' is not to be had here; use 'cpu' or 'auto'"
         ) from error
     return device
+
+
+def halved(size: int, model: str, device: torch.device, reason: str) -> int:
+    """How many images the next forward passes take after one of `size` found no room; warns of it,
+    and frees what the failed pass held.
+
+    Raises:
+        VitprobeError: that was a single image.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if size == 1:
+        raise VitprobeError(
+            f"model '{model}' has no room on {device} for a single image ({reason}); give another "
+            "device, or leave the model out"
+        )
+    warnings.warn(
+        f"model '{model}' ran out of memory with {size} images in a forward pass and goes on with "
+        f"{size // 2}; give a smaller batch size to begin with",
+        stacklevel=2,
+    )
+    return size // 2
 
 
 @contextmanager

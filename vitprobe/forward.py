@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -12,7 +10,7 @@ from torch import Tensor
 
 from vitprobe.capture import Recorder
 from vitprobe.data.blocks import Block, View
-from vitprobe.devices import exact_products, placed
+from vitprobe.devices import exact_products, halved, placed
 from vitprobe.errors import MeasureError, NoRoomError, VitprobeError, is_out_of_memory
 from vitprobe.model_block import ModelBlock, Wanted
 from vitprobe.models import Model
@@ -81,7 +79,8 @@ class Forward:
                     raise
                 where = str(error).partition("\n")[0] or "out of memory"
             # Only here is what the failed pass held free again.
-            self._halve(step, where)
+            self._step = halved(step, self.model.name, self.device, where)
+            self._halved = (self._halved[0] if self._halved else step, self._step)
 
     def _run(self, first: int, pixels: Tensor, step: int) -> ModelBlock:
         made = ModelBlock(self.wanted, first, len(pixels))
@@ -117,20 +116,3 @@ class Forward:
             return pixels.to(self.device)
         # From pinned memory the copy goes on while the host queues the pass that waits for it.
         return pixels.pin_memory().to(self.device, non_blocking=True)
-
-    def _halve(self, step: int, reason: str) -> None:
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if step == 1:
-            raise VitprobeError(
-                f"model '{self.model.name}' has no room on {self.device} for a single image "
-                f"({reason}); give another device, or leave the model out"
-            )
-        self._step = step // 2
-        self._halved = (self._halved[0] if self._halved else step, self._step)
-        warnings.warn(
-            f"model '{self.model.name}' ran out of memory with {step} images in a forward pass and "
-            f"goes on with {self._step}; give a smaller batch size to begin with",
-            stacklevel=2,
-        )

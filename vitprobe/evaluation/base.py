@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from vitprobe.data.labelled import Labelled, load_labelled
 from vitprobe.data.parts import Labels, Part
-from vitprobe.devices import exact_products, placed
+from vitprobe.devices import exact_products, halved, placed
 from vitprobe.errors import DataError, MeasureError, VitprobeError, is_out_of_memory
 from vitprobe.evaluation.intervals import Interval
 from vitprobe.scores import Score
@@ -198,23 +196,7 @@ class Passes(Generic[Found]):
                 start += len(part)
                 continue
             # Only here is what the failed pass held free again.
-            self._halve(len(part), pixels.device, reason)
-
-    def _halve(self, size: int, device: torch.device, reason: str) -> None:
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        if size == 1:
-            raise VitprobeError(
-                f"model '{self._model.name}' has no room on {device} for a single image "
-                f"({reason}); give another device"
-            )
-        self._most = size // 2
-        warnings.warn(
-            f"model '{self._model.name}' ran out of memory with {size} images in a forward pass "
-            f"and goes on with {self._most}; give a smaller batch size to begin with",
-            stacklevel=2,
-        )
+            self._most = halved(len(part), self._model.name, pixels.device, reason)
 
 
 def check_finite(model: Model, what: str, values: torch.Tensor, first: int) -> None:
