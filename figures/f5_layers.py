@@ -66,7 +66,7 @@ def caption(study: Study) -> str:
     wide = wide[(wide["protocol"] == "finetune") & (wide["metric"] == "top1")]
     margin = 50 * (wide["high"] - wide["low"]).max()
     tuned = (
-        f"; over the 10,000 test images the interval of a fine-tuned accuracy reaches at most "
+        "; over the 10,000 test images the interval of a fine-tuned accuracy reaches at most "
         f"{margin:.1f} points to either side"
         if len(wide)
         else ""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import tyro
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from analyses.fashion.study import HERE, NAMES, SYSTEMS, Schedule
 from vitprobe.bundled import FOLDER, SAMPLE
@@ -46,8 +46,9 @@ def main(runs: Path, schedule: str, scores: Path) -> None:
 def _bundle(system: str, runs: Path, schedule: str, scores: Path) -> str:
     """Write one encoder; its row in the card."""
     run = runs / f"{system}-0"
-    with safe_open(run / "encoder.safetensors", "pt") as file:
-        tensors = {name: file.get_tensor(name).half() for name in file.keys()}  # noqa: SIM118
+    encoder = run / "encoder.safetensors"
+    tensors = {name: tensor.half() for name, tensor in load_file(encoder).items()}
+    with safe_open(encoder, "pt") as file:
         described: dict[str, Any] = json.loads(file.metadata()["vitprobe"])
     # Where the run's data and teacher lay on the machine that trained it tells a reader nothing.
     plan = Schedule.read(schedule)
