@@ -13,7 +13,7 @@ import vitprobe
 
 PACKAGE = Path(vitprobe.__file__).parent
 MEASURES_MAY = {
-    "__future__", "abc", "collections", "concurrent", "dataclasses", "functools", "importlib",
+    "__future__", "abc", "collections", "threading", "dataclasses", "functools", "importlib",
     "inspect", "itertools", "math", "numpy", "scipy", "torch", "typing",
 }  # fmt: skip
 MAY_TRITON = "fused_kernel.py"

@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import re
 import signal
 import sys
-import tempfile
-import tomllib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
-from vitprobe.commands.arguments import check_output, named, override
+from vitprobe.commands.analysis import Compare, Inspect, Probe, Report
 from vitprobe.commands.evaluate_dense import EvaluateDetection, EvaluateSegmentation, MakeShapes
 from vitprobe.commands.evaluate_features import (
     EvaluateFrozen,
@@ -37,24 +34,10 @@ from vitprobe.commands.evaluate_finetune import (
     EvaluateLayers,
     EvaluateTransfer,
 )
-from vitprobe.errors import (
-    DataError,
-    ElsewhereError,
-    ResultError,
-    SourceError,
-    VitprobeError,
-    is_out_of_memory,
-)
-from vitprobe.models.sources import parse_spec
+from vitprobe.commands.messages import LEADS, complain, one_line
+from vitprobe.commands.training import Export, Pretrain, Runs
+from vitprobe.errors import ElsewhereError, VitprobeError, is_out_of_memory
 
-if TYPE_CHECKING:
-    from vitprobe.models.model import Subject
-    from vitprobe.results import Comparison
-    from vitprobe.scores import Scores
-    from vitprobe.settings import Settings
-
-# Of the processes that torchrun starts, one speaks for all.
-_LEADS = os.environ.get("RANK", "0") == "0"
 _NO_MEMORY = "memory ran out; give a smaller --batch-size or --block, or fewer models at once"
 
 
@@ -73,355 +56,6 @@ class Demo:
         from vitprobe.demo import demo
 
         return str(demo(self.out, train=self.train, force=self.force))
-
-
-@dataclass
-class Inspect:
-    """Show what would be loaded: dialect, every fact with its evidence, unmatched keys, layers,
-    attention layers and what they have no number of, with the reason."""
-
-    spec: tyro.conf.Positional[str]
-    """Such as mae.pth,heads=12, a saved folder, timm:NAME, hf:FOLDER, torchvision:NAME, init:NAME,
-    or a probe file."""
-
-    def run(self) -> str:
-        name, spec = named(self.spec)
-        if parse_spec(spec).kind == "probe":
-            from vitprobe.probe import describe_probe, open_probe
-
-            return describe_probe(open_probe(spec, name=name))
-
-        from vitprobe.models import load
-        from vitprobe.models.inspection import describe_text
-
-        return describe_text(load(spec, name=name))
-
-
-@dataclass(kw_only=True)
-class _Gathering:
-    """How models are run over images and what is kept of them."""
-
-    layers: Literal["normed", "residual"] = "normed"
-    """What a layer is: what each block's attention reads, or the residual stream."""
-    tokens: Literal["patches", "cls", "mean", "all"] = "patches"
-    """What of a layer is compared."""
-    limit: int | None = None
-    """Use the first so many images of the seeded permutation."""
-    seed: int = 0
-    """Of the permutation of images; 0 or more."""
-    block: int = 128
-    """Images over which similarity is computed before it is summed."""
-    batch_size: int | None = None
-    """Images in one forward pass; a block unless given."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32 turns TF32 and autocast off."""
-    workers: int = 2
-    """Threads that decode images ahead."""
-    max_images: int = 256
-    """Images of the measures that need all of theirs together (SVCCA, RSA, ...)."""
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """All but which images, as the public functions take them."""
-        named = ("layers", "tokens", "block", "batch_size", "device", "precision", "workers")
-        return {name: getattr(self, name) for name in (*named, "max_images")}
-
-
-@dataclass(kw_only=True)
-class Compare(_Gathering):
-    """Compare models on the same images and write a report."""
-
-    out: Path
-    """Folder for report.html, figures, tables and results.nc."""
-    specs: tyro.conf.Positional[tuple[str, ...]] = ()
-    """NAME=SPEC of each model, such as MAE=mae.pth,heads=12, DeiT=timm:deit_tiny_patch16_224, or a
-    probe file, A=a.probe."""
-    images: Path | None = None
-    """Folder, zip, tar, tar shards ('val-{000..007}.tar') or .txt list of images; needed unless all
-    models are probe files."""
-    models: Path | None = None
-    """TOML file with more models: one table a model, [NAME] with spec = "…" and options."""
-    group: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """NAME=SPEC,SPEC,... of models that are seeds of one method; may be given again. Options follow
-    their spec, as in MAE=a.pth,heads=12,b.pth,heads=12."""
-    measures: tuple[str, ...] = ("cka", "attention_distance", "attention_entropy")
-    """What to measure; all for everything there is."""
-    estimator: Literal["unbiased", "biased"] = "unbiased"
-    """Of HSIC in CKA."""
-    random_reference: bool = False
-    """Add to every trained model a twin of the same architecture with random weights."""
-    probes: Path | None = None
-    """Folder for the probe file of every model that is run, NAME.probe."""
-    resume: bool = False
-    """Take finished models from PROBES, and go on behind the last block that the others have."""
-    scores: tuple[Path, ...] = ()
-    """Folders of vitprobe evaluate with scores of these models, for the report."""
-    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Also send figures and numbers by layer to these."""
-    json: bool = False
-    """Print a summary for scripts, as JSON, in place of the report's path."""
-    dry_run: bool = False
-    """Load models and list images, say what would be done, and stop."""
-    force: bool = False
-    """Replace an earlier report in OUT."""
-
-    def run(self) -> str:
-        specs = [named(spec) for spec in self.specs]
-        entries: list[tuple[str | None, str, dict[str, Any]]] = [(n, s, {}) for n, s in specs]
-        if self.models is not None:
-            entries += _listed(self.models)
-        groups: dict[str, list[str]] = {}
-        for text in self.group:
-            group, members = _grouped(text)
-            if group in groups:
-                raise SourceError(f"group '{group}' is given twice; list all its models in one")
-            groups[group] = [f"{group} {i}" for i in range(1, len(members) + 1)]
-            entries += [(n, s, {}) for n, s in zip(groups[group], members, strict=True)]
-        if not entries:
-            raise SourceError(
-                "no models to compare; give NAME=SPEC of one or more, --group or --models"
-            )
-        if self.resume and self.probes is None:
-            raise SourceError("--resume goes on with what is in --probes; give that folder")
-        if self.json and self.dry_run:
-            raise SourceError("--dry-run has no results for --json; give one of the two")
-        if not self.dry_run:
-            check_output(self.out, self.force)
-
-        measures = [name for text in self.measures for name in text.split(",") if name]
-        # A slip in a spec is told before torch is imported.
-        kinds = [parse_spec(spec, **more).kind for _, spec, more in entries]
-        if self.images is None and set(kinds) != {"probe"}:
-            raise DataError("no images to compare models on; give --images")
-
-        if self.log:
-            from vitprobe.loggers import check_loggers
-
-            check_loggers(self.log)
-
-        from vitprobe.compare import checkpoints_of, compare, images_of
-        from vitprobe.models import load
-        from vitprobe.probe import open_probe
-        from vitprobe.report import check_folder
-        from vitprobe.settings import Settings
-
-        scores = _joined(self.scores)
-        options = {**self.options, "estimator": self.estimator}
-        settings = Settings(measures, **options)
-        if not self.dry_run:
-            check_folder(self.out, force=self.force)
-        models = [
-            open_probe(spec, name=name) if kind == "probe" else load(spec, name=name, **more)
-            for (name, spec, more), kind in zip(entries, kinds, strict=True)
-        ]
-        if len(scores):
-            scores.matched(checkpoints_of(models, self.random_reference))
-        seed = self.seed if self.images is not None else self.seed or None
-        source = images_of(models, self.images, self.limit, seed)
-        if self.dry_run:
-            return _plan(models, len(source), settings, self.random_reference)
-        with _resumable(self.probes):
-            result = compare(
-                models,
-                source,
-                measures,
-                random_reference=self.random_reference,
-                groups=groups,
-                probes=self.probes,
-                resume=self.resume,
-                **options,
-            )
-        if not _LEADS:
-            return ""
-        if len(scores):
-            result = result.with_scores(scores)
-        page = _reported(result, self.out, self.force, self.log)
-        for note in result.notes:
-            print(f"note: {note}", file=sys.stderr)
-        return _as_json(result, page) if self.json else str(page)
-
-
-@dataclass(kw_only=True)
-class Probe(_Gathering):
-    """Run one model over images and keep in a file what comparisons need of it."""
-
-    spec: tyro.conf.Positional[str]
-    """NAME=SPEC, such as MAE=mae.pth,heads=12 or DeiT=timm:deit_tiny_patch16_224."""
-    images: Path
-    """Folder, zip, tar, tar shards ('val-{000..007}.tar') or .txt list of images."""
-    out: Path
-    """File to write; its name ends in .probe."""
-    measures: tuple[str, ...] = ("cka", "attention_distance", "attention_entropy")
-    """What comparisons may ask for; all for everything there is."""
-    resume: bool = False
-    """Go on behind the last whole block of a run that was cut short."""
-    force: bool = False
-    """Replace OUT, or what a run that was cut short has left of it."""
-
-    def run(self) -> str:
-        name, spec = named(self.spec)
-        parse_spec(spec)  # a slip in a spec is told before torch is imported
-
-        from vitprobe.models import load
-        from vitprobe.models.model import assumed_notes
-        from vitprobe.probe import probe
-        from vitprobe.probe_file import check_free
-
-        check_free(self.out, resume=self.resume, force=self.force)
-        model = load(spec, name=name)
-        with _resumable(self.out):
-            made = probe(
-                model,
-                self.images,
-                self.out,
-                [name for text in self.measures for name in text.split(",") if name],
-                limit=self.limit,
-                seed=self.seed,
-                resume=self.resume,
-                force=self.force,
-                **self.options,
-            )
-        for note in assumed_notes(model):
-            print(f"note: {note}", file=sys.stderr)
-        return str(made)
-
-
-@contextlib.contextmanager
-def _resumable(kept: Path | None) -> Iterator[None]:
-    """Tell who stops a run that its whole blocks are kept."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        if kept is not None:
-            _complain(f"whole blocks of '{kept}' are kept; --resume goes on behind them")
-        raise
-
-
-@dataclass
-class Report:
-    """Write the report of a saved result again."""
-
-    result: tyro.conf.Positional[Path]
-    """results.nc of an earlier comparison."""
-    out: Path
-    """Folder for report.html, figures and tables."""
-    scores: tuple[Path, ...] = ()
-    """Folders of vitprobe evaluate with scores of the models, to be added to the result's."""
-    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Also send figures and numbers by layer to these."""
-    json: bool = False
-    """Print a summary for scripts, as JSON, in place of the report's path."""
-    force: bool = False
-    """Replace an earlier report in OUT."""
-
-    def run(self) -> str:
-        if not self.result.is_file():
-            raise ResultError(f"no result file '{self.result}'")
-        check_output(self.out, self.force)
-
-        from vitprobe.report import check_folder, report
-        from vitprobe.results import open_result
-
-        check_folder(self.out, force=self.force)
-        result = open_result(self.result)
-        if self.scores:
-            result = result.with_scores(_joined(self.scores))
-        page = report(result, self.out, force=self.force, loggers=self.log)
-        return _as_json(result, page) if self.json else str(page)
-
-
-@dataclass
-class Pretrain:
-    """Train a ViT by a recipe and write a checkpoint for comparison."""
-
-    recipe: tyro.conf.Positional[str]
-    """Name of a bundled recipe, such as digits_mae, or a TOML file."""
-    out: Path | None = None
-    """Folder for the run; needed unless --dry-run."""
-    data: str | None = None
-    """Training data, if not the recipe's own: a folder, zip or tar with one folder a class (in
-    train/ and val/ or test/, or alone), tar shards, idx files, CIFAR archives, hf:NAME, .npz."""
-    set: tuple[str, ...] = ()
-    """Overrides of recipe keys, such as epochs=3 or optimizer.lr=1e-3."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1."""
-    workers: int | None = None
-    """Processes that decode images, where they do not live on the device; one a core."""
-    sharded: bool = False
-    """Split weights and optimiser over the processes of torchrun (FSDP)."""
-    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Also log to these."""
-    dry_run: bool = False
-    """Print the resolved recipe, parameters, FLOPs, steps and memory, and stop."""
-    resume: bool = False
-    """Go on from the state in OUT."""
-    force: bool = False
-    """Replace an earlier run in OUT."""
-
-    def run(self) -> str:
-        overrides = dict(override(text) for text in self.set)
-        if self.out is None and not self.dry_run:
-            raise SourceError("no folder for the run; give --out")
-
-        from vitprobe.training import Terminated, plan, pretrain
-
-        if self.out is None or self.dry_run:
-            return plan(self.recipe, data=self.data, overrides=overrides).to_text()
-        try:
-            encoder = pretrain(
-                self.recipe,
-                self.out,
-                data=self.data,
-                overrides=overrides,
-                resume=self.resume,
-                force=self.force,
-                device=self.device,
-                workers=self.workers,
-                sharded=self.sharded,
-                loggers=self.log,
-            )
-        except Terminated as stop:
-            _complain(str(stop))
-            raise
-        return str(encoder)
-
-
-@dataclass
-class Runs:
-    """Compare the training runs below a folder: their last values, and a figure of their curves."""
-
-    folder: tyro.conf.Positional[Path]
-    """Holds runs of vitprobe pretrain, at any depth."""
-    out: Path | None = None
-    """Draw the curves there, as .pdf, .svg and .png whichever of them is named."""
-    metric: tuple[str, ...] = ()
-    """As the logs name them; loss, test_accuracy, knn_accuracy and images_per_s unless given."""
-    force: bool = False
-    """Replace earlier curves in OUT."""
-
-    def run(self) -> str:
-        from vitprobe.runs import final_values, read_runs, select
-
-        stem = self.out
-        if stem is not None:
-            if stem.suffix not in ("", ".pdf", ".svg", ".png"):
-                raise ResultError(f"'{stem}': curves are drawn as .pdf, .svg and .png; name one")
-            stem = stem.with_suffix("") if stem.suffix in (".pdf", ".svg", ".png") else stem
-            for kind in ("pdf", "svg", "png"):
-                check_output(stem.with_name(f"{stem.name}.{kind}"), self.force)
-        metrics = [name for text in self.metric for name in text.split(",") if name]
-        runs = select(read_runs(self.folder), metrics)
-        table = final_values(runs)
-        if stem is None:
-            return table
-
-        from vitprobe.plots import save, training_curves
-
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        save(training_curves(runs), stem)
-        return f"{table}\n{self.out if self.out != stem else f'{stem}.pdf'}"
 
 
 Protocol = (
@@ -446,27 +80,6 @@ class Evaluate:
 
     def run(self) -> str:
         return self.protocol.run()
-
-
-@dataclass
-class Export:
-    """Write a model as a folder that timm (local-dir:) or transformers loads."""
-
-    spec: tyro.conf.Positional[str]
-    """A run's folder, or a checkpoint such as mae.pth,heads=12."""
-    to: Literal["timm", "hf"]
-    """Library that is to load it."""
-    out: Path
-    """Folder for the weights and their description."""
-    force: bool = False
-    """Replace an earlier export in OUT."""
-
-    def run(self) -> str:
-        check_output(self.out, self.force)
-
-        from vitprobe.models.export import export
-
-        return str(export(self.spec, self.to, self.out, force=self.force))
 
 
 @dataclass
@@ -501,12 +114,12 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit: 0 done, 2 bad input, 130 Ctrl-C, 143 SIGTERM, 1 a defect."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
-    warnings.formatwarning = lambda message, *_: f"vitprobe: warning: {_one_line(str(message))}\n"
+    warnings.formatwarning = lambda message, *_: f"vitprobe: warning: {one_line(str(message))}\n"
     try:
         command = _parse(args)
         with _together(command):
             outcome = command.run()
-        if _LEADS:
+        if LEADS:
             print(outcome)
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -515,28 +128,28 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         # torchrun stops all processes when one has ended; those that are about to say nothing.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if not isinstance(error, ElsewhereError):
-            _complain(str(error))
+            complain(str(error))
         status = 2
     except KeyboardInterrupt as stop:
-        _complain(str(stop) or "interrupted")
+        complain(str(stop) or "interrupted")
         status = 130
     except MemoryError:
-        _complain(_NO_MEMORY)
+        complain(_NO_MEMORY)
         status = 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     except OSError as error:
         where = f"'{error.filename}': " if error.filename else ""
-        _complain(f"cannot read or write {where}{error.strerror or error}")
+        complain(f"cannot read or write {where}{error.strerror or error}")
         status = 2
     except Exception as error:
         if is_out_of_memory(error):
-            _complain(_NO_MEMORY)
+            complain(_NO_MEMORY)
             sys.exit(2)
         if os.environ.get("VITPROBE_TRACEBACK"):
             raise
-        _complain(
+        complain(
             f"{type(error).__name__}: {error}. This was not foreseen; set VITPROBE_TRACEBACK=1 to "
             "see where it happened, and please report it"
         )
@@ -562,20 +175,15 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
     signal.setitimer(signal.ITIMER_REAL, 3)
     if number == signal.SIGINT:
         raise KeyboardInterrupt
-    _complain("terminated")
+    complain("terminated")
     sys.exit(143)
-
-
-def _complain(text: str) -> None:
-    who = "vitprobe" if _LEADS else f"vitprobe, process {os.environ['RANK']}"
-    print(f"{who}: {_one_line(text)}", file=sys.stderr)
 
 
 def _parse(args: Sequence[str] | None) -> Any:
     """tyro's parse, its boxed usage errors folded into one line."""
     given = sys.argv[1:] if args is None else args
     if list(given).count("--set") > 1:
-        _complain("--set is given more than once; list all overrides after one --set")
+        complain("--set is given more than once; list all overrides after one --set")
         raise SystemExit(2)
     errors = io.StringIO()
     try:
@@ -583,7 +191,7 @@ def _parse(args: Sequence[str] | None) -> Any:
             return _cli(args)
     except SystemExit as stop:
         if stop.code == 2:
-            _complain(_unboxed(errors.getvalue()))
+            complain(_unboxed(errors.getvalue()))
         raise
 
 
@@ -601,102 +209,5 @@ def _unboxed(text: str) -> str:
     # Boxes are drawn in ASCII where the terminal speaks no UTF-8.
     lines = [re.sub(r"^[│|╭╰+]|[│|╮╯+]$", "", line.strip()).strip() for line in text.splitlines()]
     sections = re.split(r"^[─-].*[─-]$", "\n".join(lines), flags=re.MULTILINE)
-    kept = [_one_line(section) for section in sections if "Argument helptext" not in section]
+    kept = [one_line(section) for section in sections if "Argument helptext" not in section]
     return "; ".join(section.rstrip(".:") for section in kept if section)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _grouped(text: str) -> tuple[str, list[str]]:
-    """NAME=SPEC,SPEC,... as a name and specs; a part such as heads=12 is an option of the spec
-    before it."""
-    name, equals, listed = text.partition("=")
-    if not equals or not name or not listed or re.search(r"[,:/\\]", name):
-        raise SourceError(f"'{text}' is no NAME=SPEC,SPEC; write it as MAE=a.pth,b.pth")
-    specs: list[str] = []
-    for part in (part.strip() for part in listed.split(",")):
-        is_option = re.match(r"[^/\\]*=", part) is not None
-        if not part or (is_option and not specs):
-            problem = f"'{part}' follows no spec" if part else "a spec between two commas is empty"
-            raise SourceError(f"group '{name}': {problem}; write it as MAE=a.pth,heads=12,b.pth")
-        if is_option:
-            specs[-1] += f",{part}"
-        else:
-            specs.append(part)
-    return name, specs
-
-
-def _listed(path: Path) -> list[tuple[str | None, str, dict[str, Any]]]:
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SourceError(f"cannot read models from '{path}': {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SourceError(f"'{path}' is no TOML list of models: {error}") from error
-    entries: list[tuple[str | None, str, dict[str, Any]]] = []
-    for name, table in tables.items():
-        if not isinstance(table, dict) or not isinstance(table.get("spec"), str):
-            raise SourceError(
-                f"model '{name}' in '{path}' has no spec; write [{name}] spec = \"…\""
-            )
-        options = {key: value for key, value in table.items() if key != "spec"}
-        if "name" in options:
-            raise SourceError(f"model '{name}' in '{path}' has a key name; its table is its name")
-        entries.append((name, table["spec"], options))
-    return entries
-
-
-def _as_json(result: Comparison, page: Path) -> str:
-    """What `--json` prints: the summary of a result, and where its report and its file are."""
-    places = {"page": str(page), "result": str(page.with_name("results.nc"))}
-    return json.dumps({**places, **result.summary()}, indent=1, allow_nan=False)
-
-
-def _reported(result: Comparison, out: Path, force: bool, loggers: Sequence[str]) -> Path:
-    """The report of a result, which is on disk before a figure is drawn: hours of work are not lost
-    with a report that fails."""
-    from vitprobe.report import report
-
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    name = f"{out.name}.{os.getpid()}.nc"
-    try:
-        kept = result.save(out.absolute().with_name(name))
-    except ResultError as error:
-        kept = result.save(Path(tempfile.gettempdir()) / name)
-        raise ResultError(f"{error}; the result is in '{kept}', for vitprobe report") from error
-    try:
-        page = report(result, out, force=force, loggers=loggers)
-    except BaseException:
-        _complain(f"the report failed; the result is in '{kept}', for vitprobe report")
-        raise
-    kept.unlink()
-    return page
-
-
-def _joined(folders: Sequence[Path]) -> Scores:
-    """The scores of several evaluations."""
-    from vitprobe.scores import Scores, open_scores
-
-    return sum((open_scores(folder) for folder in folders), Scores([]))
-
-
-def _plan(models: Sequence[Subject], count: int, settings: Settings, random_reference: bool) -> str:
-    from vitprobe.compare import subset_bytes
-
-    twins = " and untrained twins" if random_reference else ""
-    measures = (*settings.similarity, *settings.attention, *settings.layer_tokens)
-    lines = [f"{count} images through {len(models)} models{twins} once; {', '.join(measures)}"]
-    for model in models:
-        size = "x".join(map(str, model.input_size))
-        lines.append(
-            f"{model.name}: {len(model.anatomy.blocks)} blocks, input {size}, {model.spec}"
-        )
-    if kept := subset_bytes(models, settings, count):
-        kept *= 2 if random_reference else 1
-        lines.append(
-            f"features of {min(count, settings.max_images)} images kept for measures that need "
-            f"them together: {kept / 1e9:.2g} GB of memory"
-        )
-    return "\n".join(lines)

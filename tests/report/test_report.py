@@ -1,14 +1,11 @@
-"""The report's folder and page: whole, self-contained, readable, refused where it must be."""
+"""The report: whole, self-contained, readable."""
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,10 +13,8 @@ import xarray as xr
 from markupsafe import escape
 from plots.synthetic import EVERY, Subject, comparison
 
-from vitprobe.errors import ResultError
 from vitprobe.measures.registry import MEASURES
 from vitprobe.report import report
-from vitprobe.report.figures import file_names, inline
 from vitprobe.report.words import MINUS
 from vitprobe.results import open_result
 
@@ -421,129 +416,6 @@ def test_the_same_result_gives_the_same_files(tmp_path):
                 file.read_bytes()
                 == (tmp_path / "two" / file.relative_to(tmp_path / "one")).read_bytes()
             )
-
-
-def small() -> object:
-    return comparison({"A": Subject(1, 1)}, measures=("attention_entropy",), images=4)
-
-
-def test_existing_folder_is_refused_and_force_replaces_only_a_report(tmp_path):
-    out = tmp_path / "out"
-    report(small(), out)
-    (out / "figures" / "stale.pdf").write_text("old")
-    (out / "mine.txt").write_text("keep")
-    with pytest.raises(ResultError, match=r"out' exists"):
-        report(small(), out)
-    report(small(), out, force=True)
-    assert (out / "mine.txt").read_text() == "keep"
-    assert not (out / "figures" / "stale.pdf").exists()
-
-
-def test_force_never_replaces_other_folders_or_files(tmp_path):
-    (tmp_path / "figures").mkdir()
-    with pytest.raises(ResultError, match="no vitprobe report"):
-        report(small(), tmp_path, force=True)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ResultError, match="is no folder"):
-        report(small(), tmp_path / "file", force=True)
-    (tmp_path / "empty").mkdir()
-    assert report(small(), tmp_path / "empty", force=True).is_file()
-
-
-def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
-    def fail(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(sys.modules["vitprobe.report.folder"], "render", fail)
-    with pytest.raises(ResultError, match="No space left on device"):
-        report(small(), tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_no_permission_is_one_sentence(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(ResultError, match="Permission denied"):
-        report(small(), tmp_path / "out")
-
-
-def test_parent_that_is_a_file_is_one_sentence(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ResultError, match="cannot write"):
-        report(small(), tmp_path / "file" / "out")
-
-
-def test_report_changes_no_global_style(tmp_path):
-    before = dict(mpl.rcParams)
-    report(small(), tmp_path / "out")
-    assert dict(mpl.rcParams) == before
-
-
-def test_file_names_are_safe_and_different():
-    names = file_names(("a/b", "a b", "A-B", "../x", "日本"))
-    assert names["a/b"] == "a-b"
-    assert len({name.lower() for name in names.values()}) == 5
-    assert all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", name) for name in names.values())
-
-
-def test_inline_svg_gets_ids_of_its_own():
-    svg = (
-        '<?xml version="1.0"?>\n<svg width="9pt" viewBox="0 0 9 9" version="1.1">\n<metadata>x'
-        '</metadata><defs><style>*{}</style></defs><defs><path id="m1"/></defs>'
-        '<g clip-path="url(#c1)"><use xlink:href="#m1" x="1.23456" style="fill: #24292f"/></g>'
-        '<clipPath id="c1"/></svg>'
-    )
-    found = inline(svg, prefix="f", label='a "label"')
-    assert found == (
-        '<svg role="img" aria-label="a &#34;label&#34;" viewBox="0 0 9 9"><defs></defs><defs>'
-        '<path id="f-m1"/></defs><g clip-path="url(#f-c1)"><use href="#f-m1" x="1.23" '
-        'style="fill: var(--figure-ink)"/></g><clipPath id="f-c1"/></svg>'
-    )
-
-
-def test_inline_svg_drops_groups_that_say_nothing():
-    svg = (
-        '<svg viewBox="0 0 9 9"><defs></defs><g id="a"><g><g opacity="1"><g><text>1</text></g></g>'
-        "</g><g></g></g></svg>"
-    )
-    found = inline(svg, prefix="f", label="")
-    assert found.endswith('<defs></defs><g opacity="1"><text>1</text></g></svg>')
-
-
-def test_inline_svg_keeps_numbers_that_are_text():
-    svg = '<svg viewBox="0 0 9 9"><defs></defs><text x="1.23456">0.0056</text></svg>'
-    assert '<text x="1.23">0.0056</text>' in inline(svg, prefix="f", label="")
-
-
-def test_inline_svg_merges_what_looks_the_same():
-    cell = (
-        '<path d="M {0} 20.04 L {1} 20.04 L {1} 10 L {0} 10 L {0} 20.04" clip-path="url(#c)" '
-        'style="fill: #440154; stroke: #440154; stroke-width: 0.5"/>'
-    )
-    # The cells of a horizontal colour bar start with their other side.
-    turned = (
-        '<path d="M 1 2 L 1 5 L 4 5 L 4 2 L 1 2" clip-path="url(#c)" '
-        'style="fill: #440155; stroke: #440155; stroke-width: 0.5"/>'
-    )
-    marks = "".join(f'<use xlink:href="#m" x="{x}" y="1" style="fill: #fff"/> ' for x in (1, 2))
-    lines = "".join(
-        f'<path d="M {x} 0 L {x} 9" clip-path="url(#c)" style="fill: none; stroke: #123456"/> '
-        for x in (1, 2)
-    )
-    dots = "".join(f'<use xlink:href="#d" x="{x}" y="1.04" style="fill: #ffffff"/>' for x in (1, 2))
-    svg = (
-        f'<svg viewBox="0 0 9 9"><defs></defs>{cell.format(1, 2)} {cell.format(2, 3)} {turned}'
-        f"{dots}{marks}{lines}</svg>"
-    )
-    found = inline(svg, prefix="f", label="")
-    assert (
-        '<g class="cells"><path d="M1 20H3V10H1z" color="#440154"/>'
-        '<path d="M1 2H4V5H1z" color="#440155"/></g>'
-        '<path class="dots" d="M1.0 1.0h0M2.0 1.0h0" stroke="#ffffff"/>'
-        '<g style="fill: #fff"><use href="#f-m" x="1" y="1"/><use href="#f-m" x="2" y="1"/></g>'
-        '<path d="M 1 0 L 1 9M 2 0 L 2 9" clip-path="url(#f-c)" '
-        'style="fill: none; stroke: #123456"/>'
-    ) in found
 
 
 def test_what_was_refused_is_on_the_page_with_its_reason(tmp_path):

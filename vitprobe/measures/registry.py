@@ -85,5 +85,10 @@ def register(measure: M) -> M:
     return measure
 
 
+def is_ours(name: str) -> bool:
+    """Whether a measure comes with vitprobe, and so is known to every process."""
+    return name in _OURS
+
+
 def _is_kind(measure: object, kind: type) -> bool:
     return inspect.isclass(measure) and issubclass(measure, kind)

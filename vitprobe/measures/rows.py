@@ -1,18 +1,16 @@
 """Entropy, distance and sink mass of attention rows, without ever holding a whole map.
 
-They are taken from tiles of logits that stay in a processor's cache, on a CPU a tile a thread.
-Where the logits are products of queries and keys, these too are made a tile at a time; on CUDA one
-kernel does it all.
+They are taken from tiles of logits that stay in a processor's cache. Where the logits are products
+of queries and keys, these too are made a tile at a time; on CUDA one kernel does it all.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final, TypeAlias, TypeVar
+from typing import Final, TypeAlias
 
 import numpy as np
 import torch
@@ -21,8 +19,8 @@ from torch import Tensor
 from vitprobe.measures import fused
 from vitprobe.measures.fused import Rows
 
-TILE: Final = 1 << 18
-"""Most logits of a tile on a CPU."""
+TILE: Final = 1 << 20
+"""Most logits of a tile on a CPU: its threads share the rows of each operation."""
 DEVICE_TILE: Final = 1 << 26
 """The same elsewhere, where small tiles would keep the device waiting."""
 _MASKED: Final = -1e30
@@ -66,10 +64,14 @@ class Products:
         return Products(self.query[images, :, queries], self.key[images], self.scale, mask)
 
     def of_keys(self, keys: slice) -> Products:
-        """Some keys, in the type of the logits."""
+        """Some keys."""
         mask = None if self.mask is None else self.mask.expand(self.shape)[..., keys]
-        key = self.key[:, :, keys].to(self.dtype).contiguous()
-        return Products(self.query.to(self.dtype), key, self.scale, mask)
+        return Products(self.query, self.key[:, :, keys], self.scale, mask)
+
+    def unpacked(self) -> Products:
+        """The same in the type of the logits; without a copy where it is theirs already."""
+        query, key = self.query.to(self.dtype), self.key.to(self.dtype)
+        return Products(query, key, self.scale, self.mask)
 
     def detach(self) -> Products:
         """The same without gradients."""
@@ -82,10 +84,13 @@ class Products:
         return masked_((query * self.scale) @ key.mT, self.mask)
 
     def write(self, out: Tensor) -> None:
-        """Write the logits to (images, heads, queries, keys) of one piece; without a gradient."""
-        flat = out.flatten(0, 1)
-        query, key = self.query.flatten(0, 1), self.key.flatten(0, 1)
-        torch.baddbmm(flat, query, key.mT, beta=0, alpha=self.scale, out=flat)
+        """Write the logits to (images, heads, queries, keys) of one piece; without a gradient.
+
+        Queries and keys must be of the logits' type.
+        """
+        # Image by image: heads mostly lie inside tokens, and all images at once would be copied.
+        for one, query, key in zip(out, self.query, self.key, strict=True):
+            torch.baddbmm(one, query, key.mT, beta=0, alpha=self.scale, out=one)
         masked_(out, self.mask)
 
 
@@ -156,67 +161,51 @@ def _in_tiles(logits: Logits, query_prefix: int, key_prefix: int, distance: Tens
         for first in range(0, images, step)
         for top in range(0, queries, height)
     ]
-    threads = min(torch.get_num_threads(), len(tiles)) if on_cpu else 1
     like = torch.empty(0, dtype=logits.dtype, device=logits.device)
-    rooms = like.new_empty((threads, 2, step * heads * height * patches))
+    room = _room(step * heads * height * patches, like)
     found = like.new_full((3, images, heads, queries), torch.nan)
     finite = isinstance(logits, Products) and logits.mask is None
-
-    def add(room: Tensor, shared: Iterator[tuple[slice, slice]]) -> None:
-        of: slice | None = None
-        sides: tuple[Logits, ...] = ()
-        for some, rows in shared:
-            if some != of:
-                of, whole = some, part_of(logits, some, slice(None))
-                parts = (slice(0, key_prefix), slice(key_prefix, keys))
-                sides = tuple(_of_keys(whole, part) for part in parts)
-            shape = (some.stop - some.start, heads, rows.stop - rows.start, patches)
-            tile, weights = (half[: math.prod(shape)].view(shape) for half in room)
-            aside = tile.new_empty((*shape[:-1], key_prefix))
-            for side, out in zip(sides, (aside, tile), strict=True):
-                _write(side, rows, out)
-            entropy, distance_, sink = (part[some, :, rows] for part in found)
-            log_mass = _entropy(tile, weights, entropy, finite=finite)
-            _sink(aside, log_mass, sink)
-            if distance is not None:
-                patch = max(0, query_prefix - rows.start)
-                ends = (max(0, end - query_prefix) for end in (rows.start, rows.stop))
-                weights = weights[:, :, patch:]
-                weights.mul_(distance[slice(*ends)])
-                torch.sum(weights, -1, out=distance_[:, :, patch:])
-                distance_.masked_fill_(entropy.isnan(), torch.nan)
-
-    _share(add, rooms.unbind(), iter(tiles))
+    of: slice | None = None
+    sides: tuple[Logits, ...] = ()
+    for some, rows in tiles:
+        if some != of:
+            of, whole = some, part_of(logits, some, slice(None))
+            whole = whole if isinstance(whole, Tensor) else whole.unpacked()
+            parts = (slice(0, key_prefix), slice(key_prefix, keys))
+            sides = tuple(_of_keys(whole, part) for part in parts)
+        shape = (some.stop - some.start, heads, rows.stop - rows.start, patches)
+        tile, weights = (half[: math.prod(shape)].view(shape) for half in room)
+        aside = tile.new_empty((*shape[:-1], key_prefix))
+        for side, out in zip(sides, (aside, tile), strict=True):
+            _write(side, rows, out)
+        entropy, distance_, sink = (part[some, :, rows] for part in found)
+        log_mass = _entropy(tile, weights, entropy, finite=finite)
+        _sink(aside, log_mass, sink)
+        if distance is not None:
+            patch = max(0, query_prefix - rows.start)
+            ends = (max(0, end - query_prefix) for end in (rows.start, rows.stop))
+            weights = weights[:, :, patch:]
+            weights.mul_(distance[slice(*ends)])
+            torch.sum(weights, -1, out=distance_[:, :, patch:])
+            distance_.masked_fill_(entropy.isnan(), torch.nan)
     return Rows(found[0], None if distance is None else found[1], found[2])
 
 
-_T = TypeVar("_T")
+_kept = threading.local()
 
 
-def _share(
-    work: Callable[[Tensor, Iterator[_T]], None], rooms: Sequence[Tensor], parts: Iterator[_T]
-) -> None:
-    """Call `work` once with each room, all with the same iterator, in as many threads.
+def _room(elements: int, like: Tensor) -> Tensor:
+    """Memory for two tiles, (2, elements).
 
-    An operation on a tile is over in less time than threads take to meet at its end, most of all
-    where other work has one of their cores: so threads share the tiles, not the operations.
+    On a CPU the last is kept, since memory that is new to a process costs as much as a tile.
     """
-    if len(rooms) == 1:
-        work(rooms[0], parts)
-        return
-    inference, threads = torch.is_inference_mode_enabled(), torch.get_num_threads()
-
-    def alone(room: Tensor) -> None:
-        # Of the thread in some versions of torch, of the process in others.
-        torch.set_num_threads(1)
-        with torch.inference_mode(inference), torch.no_grad():
-            work(room, parts)
-
-    try:
-        with ThreadPoolExecutor(len(rooms)) as pool:
-            list(pool.map(alone, rooms))
-    finally:
-        torch.set_num_threads(threads)
+    if like.device.type != "cpu":
+        return like.new_empty((2, elements))
+    room = getattr(_kept, "room", None)
+    if room is None or room.dtype != like.dtype or room.shape[1] < elements:
+        with torch.inference_mode(False):
+            room = _kept.room = torch.empty((2, elements), dtype=like.dtype)
+    return room
 
 
 def part_of(logits: Logits, images: slice, queries: slice) -> Logits:
@@ -265,7 +254,7 @@ def _sink(aside: Tensor, log_mass: Tensor, sink: Tensor) -> None:
 
     log_mass: (..., rows), logarithm of the sum of exponentials of the other logits.
     """
-    ours = aside.logsumexp(-1)
+    ours = aside[..., 0] if aside.shape[-1] == 1 else aside.logsumexp(-1)
     whole = torch.logaddexp(ours, log_mass)
     torch.exp(ours - whole, out=sink)
     sink.masked_fill_(whole == -torch.inf, 0)

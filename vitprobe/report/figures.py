@@ -1,37 +1,32 @@
-"""Every figure of a report: drawn once, saved as PDF, SVG and PNG, and made fit for a page."""
+"""Which figures a report has, and what is said of each; `drawing` draws them."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 from markupsafe import Markup
 
 from vitprobe import plots
-from vitprobe.errors import ResultError
 from vitprobe.measures.registry import MEASURES
 from vitprobe.plots.accuracy_panels import by_protocol
 from vitprobe.plots.attention import heads, limits_of
+from vitprobe.plots.depth import panels_of
 from vitprobe.plots.differences import forest
 from vitprobe.plots.pictures import telling_heads
 from vitprobe.plots.style import (
     attention_noun,
-    figure_of,
     has_prefix,
     measured,
     subjects,
 )
 from vitprobe.report import findings, numbers
-from vitprobe.report.svg import inline
 from vitprobe.wording import join
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -44,27 +39,42 @@ _MOST_WIDTHS = 15
 """Heatmaps up to which each has a figure of the widths of its intervals: those of five models."""
 _MOST_CELLS = 20_000
 """Cells of other measures of similarity whose numbers the page holds."""
+_UNDRAWN = Markup("")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Picture:
     """A figure as the page shows it."""
 
     name: str
     """File name under figures/ without ending."""
-    svg: Markup
-    """Inline SVG with ids of its own, colours that follow the page's theme, and a label."""
     caption: tuple[str, ...]
     width: Picture | None = None
     """Of a heatmap, the widths of its intervals."""
     wide: bool = False
     """Made for a page and not for a column."""
+    models: tuple[str, ...] = ()
+    """Which one or two models a figure is of, where the page can choose among them."""
+    svg: Markup = _UNDRAWN
+    """Inline SVG with ids of its own, colours that follow the page's theme, and a label."""
     numbers: tuple[Numbers, ...] = ()
     """What it shows, an axes a table."""
     points: int = 0
     """Its width in pt, by which the page scales all figures alike."""
-    models: tuple[str, ...] = ()
-    """Which one or two models a figure is of, where the page can choose among them."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A figure to draw."""
+
+    name: str
+    """File name under figures/ without ending."""
+    plot: Callable[[], Axes | Figure]
+    label: str = ""
+    """What it is, for those who do not see it."""
+    numbers_of: Callable[..., Sequence[Numbers]] | None = None
+    picture: Picture | None = None
+    """Where it goes on the page; None of figures that are for papers alone."""
 
 
 @dataclass(frozen=True)
@@ -107,13 +117,13 @@ class Pictures:
     """Bitmaps that the figures show, by id: each is on the page once."""
 
 
-def draw(result: Comparison, folder: Path, lists: Lists) -> Pictures:
-    """Draw and save everything below `folder`.
+def plan(result: Comparison, lists: Lists) -> tuple[Pictures, list[Job]]:
+    """The figures of a report, not drawn yet, and what draws each: the same list every time.
 
-    Beside what the page shows, figures that a paper needs are saved: the grid of all CKA heatmaps
+    Beside what the page shows, there are figures that a paper needs: the grid of all CKA heatmaps
     and one row a model for the main attention measures.
     """
-    folder.mkdir()
+    jobs: list[Job] = []
     names = findings.shown(result)
     slugs = file_names(result.models)
     by_group = {
@@ -127,8 +137,7 @@ def draw(result: Comparison, folder: Path, lists: Lists) -> Pictures:
         name for name in attention if name not in main and findings.is_defined(result, name, names)
     ]
     of_tokens = [name for name in by_group["tokens"] if findings.is_defined(result, name, names)]
-    images: dict[str, Markup] = {}
-    picture = partial(_picture, folder, images, count())
+    picture = partial(_picture, jobs)
     heatmaps = len(names) * (len(names) + 1) // 2
 
     def heatmap(a: str, b: str) -> Picture:
@@ -174,7 +183,7 @@ def draw(result: Comparison, folder: Path, lists: Lists) -> Pictures:
                 lambda ax: [numbers.of_tokens(result, "first_direction_share", ax)],
             )
         )
-        _save(plots.similarity_grid(result, "cka", models=names), folder / "cka_all")
+        jobs.append(Job("cka_all", partial(plots.similarity_grid, result, "cka", models=names)))
         wholes.append(("cka_all", "CKA of all models"))
 
     cells = 0
@@ -223,7 +232,8 @@ def draw(result: Comparison, folder: Path, lists: Lists) -> Pictures:
                     partial(_of_heads, result, measure, name, relative),
                 )
             )
-        _save(plots.attention_panels(result, measure, models=names), folder / f"{measure}_all")
+        panels = partial(plots.attention_panels, result, measure, models=names)
+        jobs.append(Job(f"{measure}_all", panels))
         wholes.append((f"{measure}_all", f"{title} of every head, all models"))
 
     def overlay(measure: str) -> Picture:
@@ -305,7 +315,7 @@ def draw(result: Comparison, folder: Path, lists: Lists) -> Pictures:
         )
         for _ in scored[:1]
     ]
-    return Pictures(
+    pictures = Pictures(
         _map(result, lists, picture),
         _depth(result, picture),
         tuple(pairs),
@@ -327,8 +337,9 @@ def draw(result: Comparison, folder: Path, lists: Lists) -> Pictures:
         tuple(seeds),
         tuple(accuracy),
         tuple(wholes),
-        images,
+        {},
     )
+    return pictures, jobs
 
 
 def _map(result: Comparison, lists: Lists, picture: Callable[..., Picture]) -> tuple[Picture, ...]:
@@ -348,16 +359,12 @@ def _map(result: Comparison, lists: Lists, picture: Callable[..., Picture]) -> t
 
 
 def _depth(result: Comparison, picture: Callable[..., Picture]) -> tuple[Picture, ...]:
-    try:
-        drawn = partial(plots.depth_view, result)
-        caption = findings.depth_caption(result)
-        about = "Along depth"
-        return (
-            picture(drawn, "depth", about, caption, partial(numbers.of_depth, result), wide=True),
-        )
-    except ResultError:
-        # Token measures and similarity of other kinds alone have no common axis.
+    # Token measures and similarity of other kinds alone have no common axis.
+    if not panels_of(result):
         return ()
+    caption, numbers_of = findings.depth_caption(result), partial(numbers.of_depth, result)
+    drawn = partial(plots.depth_view, result)
+    return (picture(drawn, "depth", "Along depth", caption, numbers_of, wide=True),)
 
 
 def _photographs(
@@ -430,9 +437,7 @@ def file_names(models: tuple[str, ...]) -> dict[str, str]:
 
 
 def _picture(
-    folder: Path,
-    images: dict[str, Markup],
-    numbered: Iterator[int],
+    jobs: list[Job],
     plot: Callable[[], Axes | Figure],
     name: str,
     kind: str,
@@ -443,19 +448,6 @@ def _picture(
     wide: bool = False,
     models: tuple[str, ...] = (),
 ) -> Picture:
-    drawn = plot()
-    plots.save(drawn, folder / name)
-    found = tuple(numbers_of(drawn)) if numbers_of else ()
-    points = round(72 * figure_of(drawn).get_figwidth())
-    plt.close(figure_of(drawn))
-    svg = (folder / f"{name}.svg").read_text(encoding="utf-8")
-    # Names that differ in a dot alone must not share ids, and long ones would be half of the page.
-    prefix = f"f{next(numbered)}"
-    label = f"{kind}. {' '.join(caption)}"
-    element = inline(svg, prefix=prefix, label=label, images=images)
-    return Picture(name, element, tuple(caption), width, wide, found, points, models)
-
-
-def _save(drawn: Figure | Axes, stem: Path) -> None:
-    plots.save(drawn, stem)
-    plt.close(figure_of(drawn))
+    picture = Picture(name, tuple(caption), width, wide, models)
+    jobs.append(Job(name, plot, f"{kind}. {' '.join(caption)}", numbers_of, picture))
+    return picture

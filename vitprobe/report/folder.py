@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from vitprobe.errors import ResultError
 from vitprobe.loggers import check_loggers
-from vitprobe.report.figures import draw
+from vitprobe.report.drawing import draw
 from vitprobe.report.lists import lists_of
 from vitprobe.report.logged import send
 from vitprobe.report.page import GENERATOR, render
