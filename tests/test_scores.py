@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from vitprobe.errors import ResultError
@@ -45,6 +46,18 @@ def test_seeds_are_the_unit_of_their_mean():
     assert mean["value"] == pytest.approx(0.9)
     assert mean["seeds"] == 3
     assert mean["high"] - 0.9 == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)
+
+
+def test_settings_that_were_asked_for_are_not_averaged():
+    rows = [
+        replace(ROW, model=f"MAE {i}", value=value - 0.1 * i, settings={"k": k, "l2": i})
+        for i in (0, 1)
+        for k, value in ((10, 0.9), (200, 0.5))
+    ]
+    means = Scores(rows).over_seeds({"MAE": ["MAE 0", "MAE 1"]})
+    assert means["settings"].tolist() == ['{"k": 10}', '{"k": 200}']
+    np.testing.assert_allclose(means["value"], [0.85, 0.45])
+    assert means["seeds"].tolist() == [2, 2]
 
 
 def test_one_seed_has_no_interval():

@@ -60,7 +60,7 @@ class Score:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-_UNIT: Final = ("protocol", "dataset", "metric", "labels", "layer", "kept")
+_UNIT: Final = ("protocol", "dataset", "metric", "labels", "layer", "kept", "settings")
 """What rows must share to be seeds of one number."""
 
 
@@ -191,10 +191,12 @@ class Scores:
             level: of the interval.
 
         Returns:
-            A row for each group, protocol, dataset, metric, share of labels, layer and kept blocks:
-            `value`, `low`, `high` (nan for one seed), `seeds`.
+            A row for each group, protocol, dataset, metric, share of labels, layer, kept blocks and
+            setting that was asked for in several values: `value`, `low`, `high` (nan for one seed),
+            `seeds`, and `settings`, JSON of the settings that tell rows apart.
         """
         table = self.to_dataframe()
+        table["settings"] = asked_for(table)
         made = []
         for name, members in groups.items():
             own = table[table["model"].isin(members)]
@@ -229,6 +231,29 @@ class Scores:
         with replacing(path) as partial:
             partial.write_text(f"{{{text}}}\n", encoding="utf-8")
         return path
+
+
+def asked_for(table: pd.DataFrame) -> list[str]:
+    """Of each row, JSON of those of its settings in which rows of one model and seed differ.
+
+    What varies within one model was asked for, as several k are; what varies between models alone
+    was chosen for each, as the penalty of a linear classifier is.
+
+    table: of `Scores.to_dataframe`.
+    """
+    settings = [json.loads(text) for text in table["settings"]]
+    unit = ["model", *(name for name in _UNIT if name != "settings"), "seed"]
+    first: dict[str, dict[str, Any]] = {}
+    varying: dict[str, dict[str, None]] = {}
+    keys = [json.dumps(row, default=str) for row in table[unit].to_numpy().tolist()]
+    for key, protocol, own in zip(keys, table["protocol"], settings, strict=True):
+        known = first.setdefault(key, own)
+        differing = (name for name in own if own[name] != known.get(name))
+        varying.setdefault(protocol, {}).update(dict.fromkeys(differing))
+    return [
+        json.dumps({name: own[name] for name in varying[protocol] if name in own})
+        for protocol, own in zip(table["protocol"], settings, strict=True)
+    ]
 
 
 def _lines(items: Iterable[Any]) -> str:

@@ -37,7 +37,7 @@ def folder(path, train=None, val=None):
     for part, given in (("train", train or content()), ("val", val or content())):
         (path / part).mkdir()
         for image in given["images"] if isinstance(given, dict) else []:
-            if isinstance(image, dict) and "width" in image:
+            if isinstance(image, dict) and image.get("width") and image["height"]:
                 pixels = np.full((image["height"], image["width"], 3), 99, dtype=np.uint8)
                 Image.fromarray(pixels).save(path / part / image["file_name"])
         text = given if isinstance(given, str) else json.dumps(given)
@@ -132,6 +132,10 @@ def test_images_are_found_where_they_may_lie(tmp_path):
         (content(annotations=[annotation(category_id=2)]), "is of category 2, which"),
         (content(annotations=[annotation(bbox=[1, 2])]), "a bbox of four numbers"),
         (content(annotations=[annotation(bbox=[0, 0, float("nan"), 1])]), "is not finite"),
+        (content(annotations=[annotation(area=float("nan"))]), "is not finite"),
+        (content(annotations=[annotation(bbox=None)]), "a bbox of four numbers"),
+        (content(images=[content()["images"][0] | {"id": 10**20}]), "lacks a whole id"),
+        (content(images=[content()["images"][0] | {"height": 0}]), "of at least 1"),
         (content(annotations=[7]), "annotation 1 of"),
     ],
 )
@@ -185,3 +189,34 @@ def test_images_of_another_size_and_damaged_ones_are_named(tmp_path):
     (source / "train" / "a.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"cannot decode 'a.png'"):
         load_coco(source).train.image(0)
+
+
+def test_null_is_as_good_as_absent(tmp_path):
+    given = content(annotations=[annotation(area=None, iscrowd=None)])
+    (one,) = load_coco(folder(tmp_path / "set", given)).train.annotations(0)
+    assert (one["area"], one["iscrowd"]) == (36, 0)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "words"),
+    [
+        ({"counts": [20], "size": [4, 5]}, r"is for an image of size \[4, 5\]"),
+        ([[1, 2, 3]], "neither polygons nor run lengths"),
+        (None, "has no segmentation to learn masks from"),
+    ],
+)
+def test_masks_to_test_on_are_checked_before_training(tmp_path, drawn, words):
+    data = load_coco(folder(tmp_path / "set", val=content()))
+    data.test.check_masks()
+    one = annotation() | {"segmentation": drawn}
+    if drawn is None:
+        del one["segmentation"]
+    data = load_coco(folder(tmp_path / "other", val=content(annotations=[one])))
+    with pytest.raises(DataError, match=words):
+        data.test.check_masks()
+
+
+def test_one_file_is_not_both_trained_and_tested_on(tmp_path):
+    path = folder(tmp_path / "set") / "annotations" / "instances_train.json"
+    with pytest.raises(DataError, match="tests on the images that are trained on"):
+        load_coco(f"train={path},test={path}")

@@ -141,3 +141,23 @@ def test_names_are_a_sequence_of_any_names():
 def test_labelled_is_a_source_whose_channels_can_change():
     data = Labelled("mine", Arrays(images(2, 1), None), None, ())
     assert load_labelled(data, channels=3).train.images.shape == (2, 3, 5, 5)
+
+
+def test_classes_of_two_sources_are_matched_by_name(tmp_path):
+    pixels = np.arange(12, dtype=np.uint8).repeat(16).reshape(12, 1, 4, 4) * 20
+    np.savez(tmp_path / "twelve.npz", images=pixels, labels=np.arange(12))
+    for i in range(12):
+        folder = tmp_path / "test" / str(i)
+        folder.mkdir(parents=True)
+        Image.fromarray(pixels[i, 0]).save(folder / "one.png")
+    data = load_labelled(f"train={tmp_path}/twelve.npz,test={tmp_path}/test", channels=1)
+    shown = [int(data.test.decode(i)[0, 0, 0]) // 20 for i in range(12)]
+    assert data.test.labels.tolist() == shown
+    assert sorted(shown) == list(range(12))
+
+
+def test_the_same_images_are_not_both_trained_and_tested_on(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "a" / "one.png")
+    with pytest.raises(DataError, match="tests on the images that are trained on"):
+        load_labelled(f"train={tmp_path},test={tmp_path}")

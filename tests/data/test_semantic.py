@@ -108,3 +108,29 @@ def test_what_is_not_there_is_named(tmp_path):
         path.unlink()
     with pytest.raises(DataError, match="holds no images"):
         load_semantic(root)
+
+
+def test_sizes_and_modes_are_checked_from_the_heads_of_files(tmp_path):
+    data = load_semantic(voc(tmp_path / "voc"))
+    data.test.check_sizes()
+    path = data.test.root / data.test.maps[0]
+    save(path, np.zeros((3, 9), dtype=np.uint8))
+    with pytest.raises(DataError, match="pixels, but its map of classes 9 x 3"):
+        data.test.check_sizes()
+    path.write_bytes(b"none")
+    with pytest.raises(DataError, match="cannot read the map of classes"):
+        data.test.check_sizes()
+
+
+def test_lists_that_are_the_same_and_classes_in_another_encoding(tmp_path):
+    root = tmp_path / "voc"
+    voc(root)
+    lists = root / "ImageSets" / "Segmentation"
+    kept = (lists / "val.txt").read_text()
+    (lists / "val.txt").write_text((lists / "train.txt").read_text())
+    with pytest.raises(DataError, match="the same images to train and to test on"):
+        load_semantic(root)
+    (lists / "val.txt").write_text(kept)
+    (root / "classes.txt").write_bytes("sky\nna\xefve\n".encode("latin-1"))
+    with pytest.raises(DataError, match="is not in UTF-8"):
+        load_semantic(root)

@@ -228,7 +228,7 @@ def test_a_folder_of_something_else_is_left_alone(model, data, tmp_path):
         ("knn", {"kk": 3}, VitprobeError, "knn has no option 'kk'; .* Did you mean 'k'?"),
         ("head", {"labels": 0.1}, VitprobeError, "head has no option 'labels'"),
         ("knn", {"k": 0}, MeasureError, r"k of \(0,\) is none"),
-        ("knn", {"temperature": 0}, MeasureError, "temperature must be above 0"),
+        ("knn", {"temperature": 0}, MeasureError, "temperature must be a number above 0"),
         ("knn", {"labels": 2}, DataError, "share of labels of 2"),
         ("knn", {"seed": -1}, DataError, "seed of -1"),
         ("knn", {"batch_size": 0}, DataError, "batch size of 0"),
@@ -327,3 +327,11 @@ def test_the_fashion_mnist_vit_scores_what_its_authors_say(shared):
     knn, linear = (one.value for one in scores.rows)
     assert 0.87 < knn < 0.93
     assert 0.87 < linear < 0.93
+
+
+def test_a_strength_given_twice_counts_once(model, data):
+    once, twice = (
+        vp.evaluate("linear", model, data, device="cpu", progress=False, l2=l2).rows[0]
+        for l2 in ((1.0, 1e-3), (1.0, 1.0, 1e-3))
+    )
+    assert once == twice

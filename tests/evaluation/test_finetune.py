@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 import vitprobe as vp
 from vitprobe.data.labelled import load_labelled
 from vitprobe.data.parts import Arrays, Labelled
-from vitprobe.errors import DataError, RecipeError, SourceError
+from vitprobe.errors import DataError, RecipeError, ResultError, SourceError
 from vitprobe.evaluation.finetune import LEAST_UPDATES, Finetune, fitting_batch
 from vitprobe.evaluation.layers import Layers
 from vitprobe.evaluation.transfer import Transfer
@@ -315,3 +316,53 @@ def test_options_are_recorded(tuned: Path) -> None:
     (made,) = vp.open_scores(tuned).provenance
     expected = asdict(Finetune(**QUICK, overrides=EPOCHS))
     assert made["options"] == json.loads(json.dumps(expected))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"recipe": "digits_finetun"}, "digits_finetun"),
+        ({"overrides": {"epoch": 1}}, "epoch"),
+        ({"overrides": {"batch_size": 4096}}, "more than"),
+        ({"kept": 9}, "cannot be kept"),
+    ],
+)
+def test_a_slip_costs_no_earlier_evaluation(
+    checkpoint: str, tuned: Path, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(tuned, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises((RecipeError, DataError), match=said):
+        _evaluate(checkpoint, out, force=True, **changes)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    with pytest.raises((RecipeError, DataError), match=said):
+        _evaluate(checkpoint, tmp_path / "new", **changes)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_resuming_goes_on_with_the_same_protocol_and_checkpoint_alone(
+    checkpoint: str, tuned: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "knn"
+    vp.evaluate("knn", checkpoint, "digits", out, device="cpu", progress=False)
+    kept = (out / "scores.json").read_bytes()
+    with pytest.raises(ResultError, match="holds scores by knn, and finetune cannot go on"):
+        _evaluate(checkpoint, out, resume=True)
+    assert (out / "scores.json").read_bytes() == kept
+
+    other = tmp_path / "small.safetensors"
+    torch.manual_seed(1)
+    about = {"architecture": ENCODER.architecture(0), "mean": [0.305], "std": [0.376]}
+    save_encoder(build_encoder(ENCODER).state_dict(), other, about)
+    done = tmp_path / "run"
+    shutil.copytree(tuned, done)
+    recipe = done / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace(checkpoint, str(other)))
+    with pytest.raises(RecipeError, match="its checkpoint was another"):
+        _evaluate(str(other), done, resume=True)
+
+
+def test_a_seed_of_the_recipe_is_that_of_the_score(checkpoint: str) -> None:
+    (row,) = _evaluate(checkpoint, None, overrides=EPOCHS | {"epochs": 1, "seed": 7}).rows
+    assert row.seed == 7

@@ -177,6 +177,7 @@ class Instances:
                 f"annotation {annotation['id']} of '{self.source}' has no segmentation to learn "
                 "masks from; add it, or set detector.masks=false"
             )
+        self._check_size(annotation, height, width)
         try:
             if isinstance(drawn, list):
                 coded = tools.merge(tools.frPyObjects(drawn, height, width))
@@ -191,12 +192,26 @@ class Instances:
                 f"the segmentation of annotation {annotation['id']} of '{self.source}' is neither "
                 "polygons nor run lengths; mend or remove it"
             ) from error
-        if mask.shape != (height, width):
+        return mask
+
+    def _check_size(self, annotation: Mapping[str, Any], height: int, width: int) -> None:
+        drawn = annotation["segmentation"]
+        size = drawn.get("size") if isinstance(drawn, dict) else None
+        if size is not None and size != [height, width]:
             raise DataError(
                 f"the segmentation of annotation {annotation['id']} of '{self.source}' is for an "
-                f"image of {mask.shape[1]} x {mask.shape[0]}, not {width} x {height}"
+                f"image of size {size} (height, width), not {[height, width]}"
             )
-        return mask
+
+    def check_masks(self) -> None:
+        """Draw every mask, crowds among them: before hours of training, and not after.
+
+        Raises:
+            DataError: one that is not there, is damaged, or is for an image of another size.
+        """
+        for i, (height, width) in enumerate(self.sizes.tolist()):
+            for one in self.annotations(i):
+                self._mask(one, height, width)
 
     def ground_truth(self) -> dict[str, Any]:
         """The content of an annotation file, for COCO's tools."""
@@ -269,6 +284,10 @@ def load_coco(source: str | Path) -> Detection:
     text = str(source)
     apart = _APART.fullmatch(text)
     paths = [Path(part).expanduser() for part in apart.groups()] if apart else _found(Path(text))
+    if paths[0] == paths[1]:
+        raise DataError(
+            f"'{text}' tests on the images that are trained on; give others after test="
+        )
     train, test = (read_instances(path) for path in paths)
     if train.categories != test.categories:
         odd = sorted(
@@ -333,9 +352,12 @@ def read_instances(path: Path) -> Instances:
             number = int(entry["id"])
             sides = int(entry["height"]), int(entry["width"])
             name = str(entry["file_name"])
-        except (KeyError, TypeError, ValueError) as error:
+            if min(sides) < 1 or not 0 <= number < 1 << 63:
+                raise ValueError
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DataError(
-                f"an image of '{path}' lacks a whole id, height or width, or a file_name: "
+                f"an image of '{path}' lacks a whole id, height or width of at least 1, or a "
+                "file_name: "
                 f"{str(entry)[:80]}"
             ) from error
         if number in listed:
@@ -401,21 +423,25 @@ def _annotation(entry: Any, number: int, path: Path) -> dict[str, Any]:
     try:
         box = [float(value) for value in entry["bbox"]]
         x, y, w, h = box
+        # Absent and null alike: files of many tools have either.
+        area = w * h if entry.get("area") is None else float(entry["area"])
         made = {
             "id": number,
             "image_id": int(entry["image_id"]),
             "category_id": int(entry["category_id"]),
             "bbox": box,
-            "iscrowd": int(entry.get("iscrowd", 0)),
-            "area": float(entry.get("area", w * h)),
+            "iscrowd": int(entry.get("iscrowd") or 0),
+            "area": area,
         }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DataError(
             f"annotation {number} of '{path}' lacks an image_id, a category_id or a bbox of four "
             f"numbers: {str(entry)[:80]}"
         ) from error
-    if not all(map(math.isfinite, (x, y, w, h))):
-        raise DataError(f"the bbox of annotation {entry.get('id')} of '{path}' is not finite")
+    if not all(map(math.isfinite, (x, y, w, h, area))):
+        raise DataError(
+            f"the bbox or area of annotation {entry.get('id')} of '{path}' is not finite"
+        )
     if entry.get("segmentation"):
         made["segmentation"] = entry["segmentation"]
     return made

@@ -23,7 +23,7 @@ import numpy as np
 
 from vitprobe.data.archives import Member, read_members
 from vitprobe.data.images import EXTENSIONS
-from vitprobe.data.parts import Files, Names, Split, check_same_classes
+from vitprobe.data.parts import Files, Names, Split, same_classes
 from vitprobe.errors import DataError
 
 HELD_OUT: Final = ("val", "valid", "validation", "test")
@@ -140,7 +140,8 @@ def _split(listing: _Listing) -> Split:
         listing, images, folders, next((p for p in named if p != "train"), "")
     )
     if first is not None and test is not None:
-        check_same_classes(listing.source, classes, test_classes)
+        held_out = same_classes(listing.source, classes, test_classes, test)
+        return Split(first, held_out, classes)
     return Split(first, test, classes or test_classes)
 
 

@@ -23,8 +23,8 @@ from vitprobe.data.parts import (
     Files,
     Labelled,
     Split,
-    check_same_classes,
     numbered_classes,
+    same_classes,
 )
 from vitprobe.data.published import load_published, published_name
 from vitprobe.data.shards import is_shard, load_shards
@@ -94,8 +94,15 @@ def _apart(source: str, train: str, test: str) -> Split:
     first, second = _split(train), _split(test)
     if first.train is None:
         raise DataError(f"'{train}' holds held-out images only, nothing to train on")
-    check_same_classes(source, first.classes, second.classes)
-    return Split(first.train, second.test or second.train, first.classes)
+    held_out = second.test or second.train
+    if held_out is None:
+        raise DataError(f"'{test}' holds no images")
+    if train == test and second.test is None:
+        raise DataError(
+            f"'{source}' tests on the images that are trained on; give others after test="
+        )
+    held_out = same_classes(source, first.classes, second.classes, held_out)
+    return Split(first.train, held_out, first.classes)
 
 
 def _split(source: str) -> Split:

@@ -131,11 +131,18 @@ class Names(Sequence[str]):
         return os.fsdecode(self._text[self._ends[i] : self._ends[i + 1]])
 
 
-def check_same_classes(source: str, train: Sequence[str], test: Sequence[str]) -> None:
-    """Raise DataError naming a class that only one of the two parts has."""
+def same_classes(source: str, train: Sequence[str], test: Sequence[str], part: Part) -> Part:
+    """Held-out images with the labels that the training images give to classes of these names.
+
+    Raises:
+        DataError: a class that only one of the two has, naming it.
+    """
     odd = sorted(set(train) ^ set(test))
     if not odd:
-        return
+        if part.labels is None or list(train) == list(test):
+            return part
+        places = np.array([train.index(name) for name in test])
+        return replace(part, labels=places[part.labels])
     one, other = ("training", "held-out") if odd[0] in train else ("held-out", "training")
     raise DataError(
         f"'{source}' has class '{odd[0]}' among its {one} images and not among its {other} ones; "

@@ -68,6 +68,22 @@ class Maps:
         names = "\n".join([*self.files.names, *self.maps])
         return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()
 
+    def check_sizes(self) -> None:
+        """Look at the head of every file: before hours of training, and not after.
+
+        Raises:
+            DataError: a map is in colour, or of another size than its image, or a file is damaged.
+        """
+        for image, path in zip(self.files.names, self.maps, strict=True):
+            size, _ = _head(self.root / image, "image")
+            of_map, mode = _head(self.root / path, "map of classes")
+            _check_mode(self.root / path, mode)
+            if size != of_map:
+                raise DataError(
+                    f"'{image}' is {size[0]} x {size[1]} pixels, but its map of classes "
+                    f"{of_map[0]} x {of_map[1]}"
+                )
+
     def image(self, i: int) -> Tensor:
         """Image i: (channels, height, width) uint8. Raises DataError where it cannot be decoded."""
         return self.files.decode(i)
@@ -81,11 +97,7 @@ class Maps:
         path = self.root / self.maps[i]
         try:
             with Image.open(path) as image:
-                if image.mode not in ("P", "L", "I", "I;16", "1"):
-                    raise DataError(
-                        f"'{path}' is in colour ({image.mode}); a map of classes has one number a "
-                        "pixel, so convert it to indices"
-                    )
+                _check_mode(path, image.mode)
                 values = np.array(image).astype(np.int64)
         except (OSError, SyntaxError, ValueError) as error:
             raise DataError(f"cannot read the map of classes '{path}': {error}") from error
@@ -98,6 +110,23 @@ class Maps:
                 f"{self.classes} classes; list all of them in classes.txt"
             )
         return torch.from_numpy(values.astype(np.uint8))
+
+
+def _head(path: Path, what: str) -> tuple[tuple[int, int], str]:
+    """(width, height) and mode of an image, of which only the head is read."""
+    try:
+        with Image.open(path) as image:
+            return image.size, image.mode
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"cannot read the {what} '{path}'; replace or remove it") from error
+
+
+def _check_mode(path: Path, mode: str) -> None:
+    if mode not in ("P", "L", "I", "I;16", "1"):
+        raise DataError(
+            f"'{path}' is in colour ({mode}); a map of classes has one number a pixel, so convert "
+            "it to indices"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +171,8 @@ def load_semantic(source: str | Path) -> Segmentation:
             f"'{root}' has neither SegmentationClass/ (as VOC has) nor annotations/training/ (as "
             "ADE has)"
         )
+    if set(pairs[0][0]) == set(pairs[1][0]):
+        raise DataError(f"'{root}' lists the same images to train and to test on")
     classes = _classes(root) or names
     train, test = (
         Maps(
@@ -160,7 +191,10 @@ def _classes(root: Path) -> tuple[str, ...]:
     path = root / "classes.txt"
     if not path.is_file():
         return ()
-    names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    try:
+        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    except UnicodeDecodeError as error:
+        raise DataError(f"'{path}' is not in UTF-8; convert it") from error
     names = tuple(name for name in names if name)
     if not 2 <= len(names) < IGNORED:
         raise DataError(f"'{path}' names {len(names)} classes; there must be 2 to {IGNORED - 1}")

@@ -6,6 +6,8 @@ import importlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -13,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Final
 from vitprobe import distributed, provenance
 from vitprobe.errors import ResultError, VitprobeError, suggest
 from vitprobe.models import Model, load
-from vitprobe.scores import FILE, Scores
+from vitprobe.scores import FILE, Scores, open_scores
+from vitprobe.training.loop import STATE
+from vitprobe.training.state import previous
 
 if TYPE_CHECKING:
     from vitprobe.evaluation.base import Protocol
@@ -30,6 +34,7 @@ PROTOCOLS: Final = {
     "segmentation": "vitprobe.evaluation.dense.protocols.Segmentation",
 }
 """Where each is; loaded when it is asked for."""
+_TO_GO_ON_WITH: Final = (STATE, previous(Path(STATE)).name, FILE)
 
 
 def evaluate(
@@ -74,11 +79,13 @@ def evaluate(
     folder, leads = None if out is None else Path(out), distributed.leads()
     if folder is not None and leads:
         check_folder(folder, chosen.keeps, force=force, resume=resume)
+        if resume:
+            _check_protocol(folder, protocol)
     subject = model if isinstance(model, Model) else load(model, name=name)
     found = chosen.read(data)
-    if folder is not None and chosen.keeps and leads:
-        _prepare(folder, chosen.keeps, resume=resume)
-    rows = chosen.run(subject, found, folder if chosen.keeps else None)
+    writes = folder is not None and chosen.keeps and leads and not resume
+    with _cleared(folder, chosen.keeps) if writes and folder else nullcontext():
+        rows = chosen.run(subject, found, folder if chosen.keeps else None)
     about = {
         **provenance.collect(),
         "model": subject.describe(),
@@ -139,20 +146,62 @@ def _check(out: Path, keeps: tuple[str, ...], *, force: bool, resume: bool) -> N
         raise ResultError(f"'{out}' holds files but no evaluation; choose another folder")
 
 
-def _prepare(out: Path, keeps: tuple[str, ...], *, resume: bool) -> None:
-    """Make the folder; without `resume`, clear it of what an earlier evaluation left."""
-    _make(out)
-    if resume:
+def _check_protocol(out: Path, protocol: str) -> None:
+    """Raise ResultError where a folder holds the scores of another protocol."""
+    if not (out / FILE).exists():
         return
+    held = {str(one.get("protocol")) for one in open_scores(out).provenance}
+    if other := sorted(held - {protocol}):
+        raise ResultError(
+            f"'{out}' holds scores by {other[0]}, and {protocol} cannot go on with them; choose "
+            "another folder"
+        )
+
+
+@contextmanager
+def _cleared(out: Path, keeps: tuple[str, ...]) -> Iterator[None]:
+    """The folder, made and clear of an earlier evaluation.
+
+    Should this one end before it has anything to go on with, that comes back: neither a slip in a
+    recipe nor images that cannot be read may cost anyone what they had.
+    """
+    made = not out.exists()
+    _make(out)
     try:
-        # Only what an evaluation writes is removed: force must not cost anyone their other files.
-        for path in (out / name for name in (FILE, *keeps)):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".old"))
     except OSError as error:
         raise ResultError(f"cannot write '{out}': {error.strerror or error}") from error
+    try:
+        # Only what an evaluation writes is moved: force must not cost anyone their other files.
+        _move(out, aside, keeps)
+        try:
+            yield
+        except BaseException:
+            if not any(path.name in _TO_GO_ON_WITH for path in out.rglob("*")):
+                for path in _held(out, keeps):
+                    if path.is_dir() and not path.is_symlink():
+                        shutil.rmtree(path)
+                    else:
+                        path.unlink()
+                _move(aside, out, keeps)
+                if made:
+                    out.rmdir()
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _held(folder: Path, keeps: tuple[str, ...]) -> list[Path]:
+    paths = (folder / name for name in (FILE, *keeps))
+    return [path for path in paths if path.exists() or path.is_symlink()]
+
+
+def _move(source: Path, target: Path, keeps: tuple[str, ...]) -> None:
+    try:
+        for path in _held(source, keeps):
+            path.rename(target / path.name)
+    except OSError as error:
+        raise ResultError(f"cannot write '{target}': {error.strerror or error}") from error
 
 
 def _make(out: Path) -> None:

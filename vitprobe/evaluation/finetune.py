@@ -135,7 +135,7 @@ class Finetune(Learning):
         recipe = self.resolved(model, data.source, len(used))
         channels = recipe.encoder.channels
         labelled = load_labelled(replace(data, train=used), channels=channels)
-        rows = self._finished(recipe, labelled, folder)
+        rows = self._finished(recipe, labelled, model.sha256, folder)
         if rows is not None:
             return rows
         if not _trained(folder):
@@ -202,7 +202,9 @@ class Finetune(Learning):
             changes["optimizer.warmup_epochs"] = share * epochs
         return load_recipe(recipe, overrides=changes)
 
-    def _finished(self, recipe: Recipe, data: Labelled, folder: Path) -> Sequence[Score] | None:
+    def _finished(
+        self, recipe: Recipe, data: Labelled, sha256: str | None, folder: Path
+    ) -> Sequence[Score] | None:
         """The rows of an evaluation that is complete; None where something is left to do.
 
         Raises RecipeError where what is in the folder was trained otherwise.
@@ -214,6 +216,9 @@ class Finetune(Learning):
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         if not changed and about["data"]["sha256"] != fingerprint(data):
             changed = ["its training images are others"]
+        started_from = (load(f"run:{folder}").training or {}).get("init_sha256", sha256)
+        if not changed and started_from != sha256:
+            changed = ["its checkpoint was another"]
         if changed:
             raise RecipeError(
                 f"'{folder}' was fine-tuned otherwise ({'; '.join(changed)}); choose another "
@@ -250,7 +255,16 @@ class Finetune(Learning):
             **{key: self.overrides[key] for key in self.overrides if key not in _STATED},
         }
         return [
-            self.score(model, data.source, len(test), metric, value, settings, kept=self.kept)
+            self.score(
+                model,
+                data.source,
+                len(test),
+                metric,
+                value,
+                settings,
+                seed=recipe.seed,
+                kept=self.kept,
+            )
             for metric, value in values.items()
         ]
 

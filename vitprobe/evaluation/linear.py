@@ -50,7 +50,7 @@ class Linear(FeatureProtocol):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = (self.l2,) if isinstance(self.l2, (int, float)) else tuple(self.l2)
+        given = (self.l2,) if isinstance(self.l2, (int, float)) else tuple(dict.fromkeys(self.l2))
         object.__setattr__(self, "l2", given)
         if not given or not all(0 < strength < math.inf for strength in given):
             raise MeasureError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -28,11 +29,13 @@ class Knn(FeatureProtocol):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "k", (self.k,) if isinstance(self.k, int) else tuple(self.k))
+        object.__setattr__(
+            self, "k", (self.k,) if isinstance(self.k, int) else tuple(dict.fromkeys(self.k))
+        )
         if not self.k or min(self.k) < 1:
             raise MeasureError(f"k of {self.k} is none; give one or more numbers of neighbours")
-        if not self.temperature > 0:
-            raise MeasureError(f"temperature must be above 0, not {self.temperature}")
+        if not 0 < self.temperature < math.inf:
+            raise MeasureError(f"temperature must be a number above 0, not {self.temperature}")
 
     def rows(self, banks: Banks) -> Sequence[Score]:
         """A row for each feature, layer and k; neighbours are at most all training images."""

@@ -27,7 +27,7 @@ from vitprobe.plots.style import (
     subjects,
 )
 from vitprobe.results import Comparison
-from vitprobe.scores import Scores
+from vitprobe.scores import Scores, asked_for
 from vitprobe.statistics import t_interval
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ _PROTOCOLS: Final = {
     "segmentation": "Segmentation",
 }
 _METRICS: Final = {"top1": "Accuracy", "miou": "Mean IoU", "box_ap": "Box AP", "mask_ap": "Mask AP"}
-_UNIT: Final = ("model", "protocol", "dataset", "metric", "labels", "seed", "layer", "kept")
 _DEPTHS: Final = {"layer": "Layer", "kept": "Pre-trained blocks kept"}
 
 
@@ -220,25 +219,14 @@ def _read(scores: Comparison | Scores, protocols: Sequence[str]) -> pd.DataFrame
 
 def labels_of(table: pd.DataFrame) -> list[str]:
     """Of each score its row in a figure: the protocol, and what else those of a model differ in."""
-    rows = [{**row, **json.loads(row["settings"])} for row in table.to_dict("records")]
     several = [name for name in ("dataset", "metric") if table[name].nunique() > 1]
-    # What varies within one model was asked for; what varies between models was chosen for each.
-    varying: dict[str, list[str]] = {}
-    known: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        unit = json.dumps([row[name] for name in _UNIT], default=str)
-        first = known.setdefault(unit, row)
-        varying.setdefault(row["protocol"], []).extend(
-            key for key in row if key not in table and row[key] != first.get(key)
-        )
     made = []
-    for row in rows:
+    for row, settings in zip(table.to_dict("records"), asked_for(table), strict=True):
         parts = [_PROTOCOLS.get(row["protocol"], str(row["protocol"]).capitalize())]
         parts += [str(row["dataset"])] if "dataset" in several else []
         parts += [_METRICS.get(row["metric"], row["metric"]).lower()] if "metric" in several else []
         parts += [f"{100 * row['labels']:.3g} % of labels"] if row["labels"] < 1 else []
-        keys = dict.fromkeys(varying[row["protocol"]])
-        parts += [f"{key} = {row[key]}" for key in keys if key in row]
+        parts += [f"{key} = {value}" for key, value in json.loads(settings).items()]
         made.append(", ".join(parts))
     return made
 

@@ -317,6 +317,7 @@ class Run:
             "step": self.step,
             "recipe": self.recipe.to_dict(),
             "data": self.fingerprint,
+            "init": self.method.init_sha256,
             "teacher": self.method.teacher_sha256,
             "execution": asdict(self.engine.execution),
             "names": self._names,
@@ -340,6 +341,12 @@ class Run:
             raise RecipeError(
                 f"The images of {self.recipe.data!r} are not those this run was started with; put "
                 "them back, or start again with force."
+            )
+        # States of before have no such entry.
+        if state.get("init", self.method.init_sha256) != self.method.init_sha256:
+            raise RecipeError(
+                "The weights to start from are not those this run was started with; put them back, "
+                "or start again with force."
             )
         if state["teacher"] != self.method.teacher_sha256:
             raise RecipeError(

@@ -16,6 +16,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from vitprobe import distributed
 from vitprobe.data.coco import Detection
 from vitprobe.data.semantic import Segmentation
+from vitprobe.errors import DataError
 from vitprobe.evaluation.dense.detector import Detector
 from vitprobe.evaluation.dense.feed import DenseFeed
 from vitprobe.evaluation.dense.overlap import overlap, pixel_counts
@@ -142,6 +143,11 @@ class DenseRun(Run):
 class DetectionRun(DenseRun):
     """Of a detector."""
 
+    def _check(self, data: Any) -> None:
+        super()._check(data)
+        if self.recipe.detector.masks:
+            data.test.check_masks()
+
     def _method(self, data: Detection) -> Method:  # type: ignore[override]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.recipe.seed)
@@ -192,6 +198,10 @@ def _described(found: dict[str, Tensor], test: Any, i: int, size: int) -> list[d
 class SegmentationRun(DenseRun):
     """Of a segmenter."""
 
+    def _check(self, data: Any) -> None:
+        super()._check(data)
+        data.test.check_sizes()
+
     def _method(self, data: Segmentation) -> Method:  # type: ignore[override]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.recipe.seed)
@@ -210,6 +220,8 @@ class SegmentationRun(DenseRun):
         shares = distributed.gather_objects(own)
         everything = {i: counts for share in shares for i, counts in share.items()}
         found = overlap(np.stack([everything[i] for i in range(len(test))]), seed=self.recipe.seed)
+        if found.miou.value != found.miou.value:
+            raise DataError(f"no pixel of the maps of classes of '{self.data.source}' has a class")
         return Outcome(
             {"miou": found.miou, "pixel_accuracy": found.accuracy}, {"iou": found.by_class}
         )
