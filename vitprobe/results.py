@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -53,6 +54,13 @@ class Comparison:
     def __init__(self, tree: xr.DataTree) -> None:
         self.tree = tree
         self.provenance: dict[str, Any] = json.loads(tree.attrs["provenance"])
+        # A report of many models asks for the same parts some thousand times.
+        self._dataset = lru_cache(maxsize=None)(self._read_dataset)
+        self._levels = lru_cache(maxsize=None)(self._read_levels)
+        self._patch_images = lru_cache(maxsize=64)(partial(self.layer_images, patches=True))
+
+    def __reduce__(self) -> tuple[type[Comparison], tuple[xr.DataTree]]:
+        return Comparison, (self.tree,)
 
     @classmethod
     def assemble(
@@ -551,9 +559,7 @@ class Comparison:
         """
         if relative is None:
             relative = self.needs_relative(measure, (a, b))
-        first, second = (
-            self.layer_images(measure, name, relative=relative, patches=True) for name in (a, b)
-        )
+        first, second = (self._patch_images(measure, name, relative=relative) for name in (a, b))
         equal = np.array_equal(first["layer"], second["layer"])
         if equal:
             # Means of the two models are over the same layers, image by image.
@@ -594,10 +600,7 @@ class Comparison:
         """
         if f"{measure}_uniform" not in self._dataset(measure):
             return False
-        attending = [name for name in names if self.attention_layers(name)]
-        found = [self._columns(measure, f"{measure}_uniform", name).values for name in attending]
-        # Layers of one model may differ: those of its windows, those of its stages.
-        levels = [{f"{level:.6g}" for level in values if np.isfinite(level)} for values in found]
+        levels = [self._levels(measure, name) for name in names if self.attention_layers(name)]
         levels = [values for values in levels if values]
         return any(values != levels[0] for values in levels)
 
@@ -705,8 +708,14 @@ class Comparison:
             closed |= {i for i, kind in enumerate(kinds) if kind in ("channels", "class token")}
         return sorted(closed)
 
-    def _dataset(self, measure: str) -> xr.Dataset:
+    def _read_dataset(self, measure: str) -> xr.Dataset:
         return self.tree[self.group_of(measure)].to_dataset()
+
+    def _read_levels(self, measure: str, name: str) -> frozenset[str]:
+        """The values of a measure under uniform attention in a model: those of its windows or of
+        its stages may differ."""
+        values = self._columns(measure, f"{measure}_uniform", name).values
+        return frozenset(f"{level:.6g}" for level in values if np.isfinite(level))
 
     def _check_group(self, measure: str, group: str) -> None:
         if self.group_of(measure) != group:

@@ -107,7 +107,7 @@ def alike(result: vp.Comparison, a: str, b: str) -> str:
     low, high = result.interval("cka", a, b)
     parts = []
     for row in (1, cka.sizes["layer_a"] // 2, cka.sizes["layer_a"] - 1):
-        column = int(cka[row].argmax())
+        column = int(cka[row].values.argmax())
         parts.append(
             f"{int(cka['layer_a'][row])} ~ {int(cka['layer_b'][column])} "
             f"({float(cka[row, column]):.2f} [{float(low[row, column]):.2f}, "

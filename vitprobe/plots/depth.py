@@ -150,7 +150,7 @@ def depths(result: Comparison) -> set[int]:
 
 def _depth(result: Comparison, name: str) -> int:
     if "cka" in result.measures:
-        return int(result.cka(name, name).sizes["layer_a"]) - 1
+        return int(np.sum(result.tree["similarity"]["model_a"].values == name)) - 1
     depth = result.describe(name)["facts"]["depth"]["value"]
     return int(np.sum(depth)) if depth else len(result.attention_layers(name))
 
