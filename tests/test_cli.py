@@ -564,6 +564,10 @@ def test_what_pretrain_cannot_do_is_one_line(run, arguments, message, tmp_path):
     assert left_behind(tmp_path) == []
 
 
+def test_the_version_is_told(run):
+    assert run("--version")[:2] == (0, f"vitprobe {vp.__version__}\n")
+
+
 def test_memory_that_runs_out_is_told_in_a_sentence(run, monkeypatch):
     def full(self):
         raise MemoryError

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
+from vitprobe import __version__
 from vitprobe.commands.analysis import Compare, Inspect, Probe, Report
 from vitprobe.commands.evaluate_dense import EvaluateDetection, EvaluateSegmentation, MakeShapes
 from vitprobe.commands.evaluate_features import (
@@ -182,6 +183,9 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 def _parse(args: Sequence[str] | None) -> Any:
     """tyro's parse, its boxed usage errors folded into one line."""
     given = sys.argv[1:] if args is None else args
+    if list(given) == ["--version"]:
+        print(f"vitprobe {__version__}")
+        raise SystemExit(0)
     if list(given).count("--set") > 1:
         complain("--set is given more than once; list all overrides after one --set")
         raise SystemExit(2)

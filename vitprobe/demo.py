@@ -62,6 +62,7 @@ def demo(out: str | Path, *, train: bool = False, force: bool = False) -> Path:
         raise ResultError(f"'{out}' exists; give another --out, or --force to replace it")
     result = _trained(out, force=force) if train else _bundled()
     out.mkdir(parents=True, exist_ok=True)
+    _say("writing the report: its figures take most of the time")
     return report(result, out / "report", force=force)
 
 

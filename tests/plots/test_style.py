@@ -128,3 +128,11 @@ def test_shorten_keeps_both_ends():
     assert len(cut) <= 20
     assert cut.startswith("DINOv2")
     assert cut.endswith("sters")
+
+
+def test_a_name_may_say_its_ending(alike, tmp_path):
+    ax = plots.sink_mass(alike, "MAE")
+    for name in ("first.v2", "second.pdf"):
+        made = plots.save(ax, tmp_path / name)
+        stem = name.removesuffix(".pdf")
+        assert [path.name for path in made] == [f"{stem}.{kind}" for kind in ("pdf", "svg", "png")]

@@ -35,8 +35,9 @@ def test_a_difference_that_holm_does_not_let_stand_is_not_claimed():
         "A, not told apart from B"
     )
     assert findings.differences(many) == [
-        "0 of 1 paired difference between models hold after Holm's correction; A and B in "
-        "attention entropy cannot be told apart."
+        "0 of 1 paired difference between models hold after Holm's correction (of means over heads "
+        "and layers: single layers may differ either way); A and B in attention entropy cannot be "
+        "told apart."
     ]
 
 
@@ -47,7 +48,8 @@ def test_differences_that_all_hold():
     }
     result = comparison(subjects, measures=("attention_entropy",))
     assert findings.differences(lists_of(result).differences) == [
-        "The one paired difference between models holds."
+        "The one paired difference between models holds (of means over heads and layers: single "
+        "layers may differ either way)."
     ]
     alone = comparison({"A": Subject(2)})
     assert findings.differences(lists_of(alone).differences) == []

@@ -73,6 +73,7 @@ def test_report_changes_no_global_style(tmp_path):
 
 def test_file_names_are_safe_and_different():
     names = file_names(("a/b", "a b", "A-B", "../x", "日本"))
+    assert file_names(("mae.png", "v1.5")) == {"mae.png": "mae-png", "v1.5": "v1.5"}
     assert names["a/b"] == "a-b"
     assert len({name.lower() for name in names.values()}) == 5
     assert all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", name) for name in names.values())

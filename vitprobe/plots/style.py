@@ -94,10 +94,14 @@ def figure_of(drawn: Figure | Axes) -> Figure:
 def save(drawn: Figure | Axes, stem: str | Path) -> list[Path]:
     """Write a figure as `stem`.pdf, .svg and .png, byte-identical for identical figures.
 
-    PDF (TrueType fonts) and SVG (live text) have a transparent background, PNG a white one at
-    300 dpi. Returns the three paths.
+    `stem` may end in one of them: "cka" and "cka.pdf" name the same three files. PDF (TrueType
+    fonts) and SVG (live text) have a transparent background, PNG a white one at 300 dpi.
+    Returns the three paths.
     """
     figure = figure_of(drawn)
+    stem = Path(stem)
+    if stem.suffix in (f".{kind}" for kind in _UNDATED):
+        stem = stem.with_suffix("")
     paths = []
     # Without an engine set or by default, `None` means that the layout stays: done once, the three
     # files agree and are written in half the time.

@@ -12,8 +12,8 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,15 +66,15 @@ def draw(
     # What a user registered is known to this process alone.
     if not all(map(is_ours, result.measures)):
         processes = 1
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+    with _once(), tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         helpers = _Helpers(Path(temporary), processes - 1, (result, lists, folder))
         try:
             drawn = _draw(jobs, range(0, len(jobs), processes), folder)
             drawn |= helpers.brought()
         finally:
             helpers.stop()
-    # A helper that died, for want of memory say, must cost nothing but time.
-    drawn |= _draw(jobs, [i for i in range(len(jobs)) if i not in drawn], folder)
+        # A helper that died, for want of memory say, must cost nothing but time.
+        drawn |= _draw(jobs, [i for i in range(len(jobs)) if i not in drawn], folder)
     for index, job in enumerate(jobs):
         found = drawn[index]
         if job.picture is not None and found is not None:
@@ -82,6 +82,15 @@ def draw(
             job.picture.points = found.points
             pictures.images.update(found.images)
     return pictures
+
+
+@contextmanager
+def _once() -> Iterator[None]:
+    """Give each warning once, and not with every figure: a letter that no font has is in all."""
+    with warnings.catch_warnings(record=True) as told:
+        yield
+    for message, category in dict.fromkeys((str(one.message), one.category) for one in told):
+        warnings.warn(message, category, stacklevel=4)
 
 
 def _draw(jobs: list[Job], places: Iterable[int], folder: Path) -> _Share:

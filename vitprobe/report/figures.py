@@ -428,6 +428,8 @@ def file_names(models: tuple[str, ...]) -> dict[str, str]:
     names: dict[str, str] = {}
     for model in models:
         slug = re.sub(r"[^A-Za-z0-9.-]+", "-", model).strip("-.") or "model"
+        # `plots.save` would take it for the ending of a file.
+        slug = re.sub(r"\.(pdf|svg|png)$", r"-\1", slug)
         taken = {name.lower() for name in names.values()}
         unique, number = slug, 2
         while unique.lower() in taken:

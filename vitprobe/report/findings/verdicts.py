@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from vitprobe.results import Comparison
 
 
+_OVER = "(of means over heads and layers: single layers may differ either way)"
+
+
 def differences(table: pd.DataFrame) -> list[str]:
     """How many paired differences stand after Holm's correction, and which pairs are undecided."""
     if not len(table):
@@ -28,10 +31,13 @@ def differences(table: pd.DataFrame) -> list[str]:
     open_ = table[table["verdict"] == UNDECIDED]
     if not len(open_):
         if len(table) == 1:
-            return ["The one paired difference between models holds."]
-        return [f"All {len(table)} paired differences between models hold after Holm's correction."]
+            return [f"The one paired difference between models holds {_OVER}."]
+        return [
+            f"All {len(table)} paired differences between models hold after Holm's correction "
+            f"{_OVER}."
+        ]
     of = count(len(table), "paired difference")
-    first = f"{len(table) - len(open_)} of {of} between models hold after Holm's correction"
+    first = f"{len(table) - len(open_)} of {of} between models hold after Holm's correction {_OVER}"
     if len(open_) > 4:
         return [f"{first}; in the other {len(open_)}, the two models cannot be told apart."]
     listed = [
