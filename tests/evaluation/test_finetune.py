@@ -300,6 +300,8 @@ def test_layers_fine_tunes_for_each_number_of_blocks(
     assert (
         vp.evaluate("layers", checkpoint, "digits", out, resume=True, **options).rows == scores.rows
     )
+    fewer = vp.evaluate("layers", checkpoint, "digits", out, resume=True, **options | {"keep": 2})
+    assert fewer.rows == scores.rows
 
 
 def test_layers_keeps_quarters_unless_told(checkpoint: str) -> None:

@@ -174,21 +174,25 @@ def _cleared(out: Path, keeps: tuple[str, ...]) -> Iterator[None]:
     try:
         # Only what an evaluation writes is moved: force must not cost anyone their other files.
         _move(out, aside, keeps)
-        try:
-            yield
-        except BaseException:
-            if not any(path.name in _TO_GO_ON_WITH for path in out.rglob("*")):
-                for path in _held(out, keeps):
-                    if path.is_dir() and not path.is_symlink():
-                        shutil.rmtree(path)
-                    else:
-                        path.unlink()
-                _move(aside, out, keeps)
-                if made:
-                    out.rmdir()
-            raise
-    finally:
+    except ResultError:
+        _move(aside, out, keeps)
+        raise
+    try:
+        yield
+    except BaseException:
+        if not any(path.name in _TO_GO_ON_WITH for path in out.rglob("*")):
+            for path in _held(out, keeps):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            # Should this fail, what was set aside stays where it is.
+            _move(aside, out, keeps)
+            if made:
+                out.rmdir()
         shutil.rmtree(aside, ignore_errors=True)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _held(folder: Path, keeps: tuple[str, ...]) -> list[Path]:

@@ -53,7 +53,11 @@ class Layers(Finetune):
     def tuned(self, model: Model, data: Labelled, folder: Path) -> Sequence[Score]:
         """The rows of every number of blocks, in its order."""
         rows: list[Score] = []
-        for one in self._each(model):
+        # What was asked for before stays in the scores, if it was trained as this is.
+        done = {
+            int(path.parent.name.removeprefix("kept_")) for path in folder.glob(f"kept_*/{FILE}")
+        }
+        for one in self._each(model, sorted(distributed.gather_objects(done)[0])):
             own = folder / f"kept_{one.kept:02d}"
             if distributed.rank() == 0:
                 own.mkdir(exist_ok=True)
@@ -64,8 +68,9 @@ class Layers(Finetune):
             rows += found
         return rows
 
-    def _each(self, model: Model) -> list[Finetune]:
+    def _each(self, model: Model, done: Sequence[int] = ()) -> list[Finetune]:
         depth = len(model.anatomy.blocks)
         keep = self.keep or tuple(dict.fromkeys(round(depth * part / 4) for part in range(5)))
         shared: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(Finetune)}
-        return [Finetune(**{**shared, "kept": kept}) for kept in keep]
+        each = dict.fromkeys((*keep, *done))
+        return [Finetune(**{**shared, "kept": kept}) for kept in each]
