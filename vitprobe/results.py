@@ -773,6 +773,12 @@ def open_result(path: str | Path) -> Comparison:
             result = Comparison(tree.load())
         _check_whole(result, path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        if isinstance(error, OSError) and not isinstance(error, PermissionError):
+            # What HDF5 says of a file would help nobody.
+            raise ResultError(
+                f"'{path}' is no whole vitprobe result: it is damaged, cut short or a file of "
+                "another kind; write it again with 'vitprobe compare'"
+            ) from error
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ResultError(f"'{path}' is no whole vitprobe result: {what}") from error
     return result

@@ -20,8 +20,8 @@ def test_extremes_of_a_pair_with_intervals():
     )
     extremes, deep, mean = map(plain, findings.similarity(result, "A", "B"))
     assert extremes == (
-        "Layer 2 of A and layer 1 of B are most alike (CKA 0.90 [0.88, 0.92]), layers 3 and 0 "
-        "least (-0.10 [-0.12, -0.08])."
+        "Layer 2 of A and layer 1 of B are most alike (CKA 0.90 [0.88, 0.92]), layer 3 of A and "
+        "layer 0 of B least (-0.10 [-0.12, -0.08])."
     )
     # Of models of 3 and 2 blocks, only the first layers and the last are at equal depth.
     assert deep == (

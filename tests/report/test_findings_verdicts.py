@@ -34,7 +34,7 @@ def test_a_difference_that_holm_does_not_let_stand_is_not_claimed():
     assert findings.headline(result, Lists(many, None, None, {}))[-1][2] == (
         "A, not told apart from B"
     )
-    assert findings.differences(many) == [
+    assert findings.differences(result, many) == [
         "0 of 1 paired difference between models hold after Holm's correction (of means over heads "
         "and layers: single layers may differ either way); A and B in attention entropy cannot be "
         "told apart."
@@ -47,12 +47,28 @@ def test_differences_that_all_hold():
         "B": Subject(2, 2, entropy=constant(0.5, 2, noise=0.02)),
     }
     result = comparison(subjects, measures=("attention_entropy",))
-    assert findings.differences(lists_of(result).differences) == [
+    assert findings.differences(result, lists_of(result).differences) == [
         "The one paired difference between models holds (of means over heads and layers: single "
         "layers may differ either way)."
     ]
     alone = comparison({"A": Subject(2)})
-    assert findings.differences(lists_of(alone).differences) == []
+    assert findings.differences(alone, lists_of(alone).differences) == []
+
+
+def test_models_of_one_mean_that_differ_both_ways_along_depth():
+    rng = np.random.default_rng(0)
+    low = 0.3 + 0.01 * rng.normal(size=(64, 4, 2))
+    tilt = np.array([0.1, 0.1, -0.1, -0.1])[:, None]
+    noise = 0.01 * rng.normal(size=(64, 4, 2))
+    noise -= noise.mean()
+    result = comparison(
+        {"A": Subject(4, 2, entropy=low + tilt + noise), "B": Subject(4, 2, entropy=low)},
+        measures=("attention_entropy",),
+    )
+    assert findings.differences(result, lists_of(result).differences)[1:] == [
+        "Though their means cannot be told apart, A is above B in attention entropy in blocks 0 to "
+        "1 and below in blocks 2 to 3."
+    ]
 
 
 def test_what_training_changed_is_said_beside_the_untrained_twin():

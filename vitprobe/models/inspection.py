@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 from vitprobe.models.anatomy import Layout, Site
@@ -25,7 +25,7 @@ def describe_text(model: Model) -> str:
         ("module", type(model.module).__name__),
         ("parameters", f"{described['parameters']:,}"),
         ("input", " x ".join(map(str, model.input_size)) + "  (channels x height x width)"),
-        *((f"training.{key}", _plain(value)) for key, value in (model.training or {}).items()),
+        *_training(model.training or {}),
     ]
     facts = [
         (name, _plain(fact.value), fact.evidence + (f" ({fact.note})" if fact.note else ""))
@@ -39,6 +39,17 @@ def describe_text(model: Model) -> str:
         ("Attention layers", _table(_attention(model))),
     ]
     return "\n\n".join(f"{title}\n{body}" for title, body in sections if body)
+
+
+def _training(known: Mapping[str, Any], inside: str = "training.") -> list[tuple[str, str]]:
+    """How it was trained, a setting a row; settings that are off are left out."""
+    rows = []
+    for key, value in known.items():
+        if isinstance(value, Mapping):
+            rows += _training(value, f"{inside}{key}.")
+        elif value not in (None, [], ""):
+            rows.append((f"{inside}{key}", _plain(value)))
+    return rows
 
 
 def _weights(model: Model, nonfinite: Sequence[str]) -> list[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -52,6 +52,7 @@ class Line:
 class Panel:
     """One quantity of all models."""
 
+    kind: Literal["similarity", "attention", "accuracy"]
     label: str
     units: str
     of: str
@@ -82,7 +83,7 @@ def depth_view(result: Comparison, reference: str | None = None) -> Figure:
             len(panels), 1, sharex=True, squeeze=False, figsize=(PAGE, 0.5 + 1.1 * len(panels))
         )
         for ax, panel in zip(axes[:, 0], panels, strict=True):
-            drawn = []
+            ends = []
             for line in panel.lines:
                 options = look(result, line.name)
                 if np.isfinite(line.low).any():
@@ -90,8 +91,8 @@ def depth_view(result: Comparison, reference: str | None = None) -> Figure:
                         line.x, line.low, line.high, color=options["color"], alpha=0.25, linewidth=0
                     )
                 ax.plot(line.x, line.value, **options)
-                drawn += [line.value, line.low, line.high]
-            ax.set_ylim(fit(drawn, from_zero=False))
+                ends += [line.value, line.low, line.high]
+            ax.set_ylim(fit(ends, from_zero=False))
             # A panel is too low for longer lines, which would reach into its neighbours.
             ax.set_ylabel(axis_label(panel.label, panel.units, 20))
             ax.grid(axis="y", color=GRID, linewidth=0.5)
@@ -106,7 +107,8 @@ def depth_view(result: Comparison, reference: str | None = None) -> Figure:
             last.set_xlim(-0.03, 1.03)
             last.set_xlabel("Depth (share of the model's blocks)")
         figure.align_ylabels(axes[:, 0])
-        legend_above(axes[0, 0], result, subjects(result))
+        drawn = {line.name for panel in panels for line in panel.lines}
+        legend_above(axes[0, 0], result, [name for name in result.models if name in drawn])
     return figure
 
 
@@ -121,7 +123,7 @@ def panels_of(result: Comparison, reference: str | None = None) -> list[Panel]:
         lines = [_similarity(result, name, reference) for name in others]
         if lines:
             label = f"CKA with {shorten(reference, 18)}"
-            panels.append(Panel(label, "1", "layer", tuple(lines)))
+            panels.append(Panel("similarity", label, "1", "layer", tuple(lines)))
     else:
         result.describe(reference)
     for measure in ATTENTION:
@@ -139,7 +141,8 @@ def panels_of(result: Comparison, reference: str | None = None) -> list[Panel]:
             ]
             units = tables[having[0]].attrs["units"]
             noun = attention_noun(result, having)
-            panels.append(Panel(MEASURES[measure].title, units, noun, tuple(lines)))
+            title = MEASURES[measure].title
+            panels.append(Panel("attention", title, units, noun, tuple(lines)))
     return [*panels, *_accuracy(result)]
 
 
@@ -197,4 +200,4 @@ def _accuracy(result: Comparison) -> list[Panel]:
         lines.append(
             Line(str(name), tuple(map(int, layers)), _x(result, str(name), layers), *numbers)
         )
-    return [Panel(shorten(title, 44), units, "layer", tuple(lines))]
+    return [Panel("accuracy", shorten(title, 44), units, "layer", tuple(lines))]

@@ -152,7 +152,7 @@ def summary(result: Comparison, lists: Lists) -> list[tuple[str, str]]:
         findings.append(("Not measured", sentence))
     findings += scored
     findings += [("Training", sentence) for sentence in beyond_untrained(result, lists)]
-    findings += [("Differences", sentence) for sentence in differences(lists.differences)]
+    findings += [("Differences", sentence) for sentence in differences(result, lists.differences)]
     return findings
 
 

@@ -55,7 +55,7 @@ def similarity(result: Comparison, a: str, b: str) -> list[str]:
         highest = f"{len(most)} layer pairs of {a} and {b} are most alike (CKA {value})"
     (rows, columns), value = _blocks(least), _value(result, a, b, least)
     if len(least) == 1:
-        lowest = f"layers {least[0][1]} and {least[0][2]} least ({value})"
+        lowest = f"layer {least[0][1]} of {a} and layer {least[0][2]} of {b} least ({value})"
     elif rows:
         lowest = f"{rows} of {a} and {columns} of {b} least ({value})"
     else:

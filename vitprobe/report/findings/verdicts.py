@@ -8,11 +8,13 @@ import numpy as np
 
 from vitprobe.measures.registry import MEASURES
 from vitprobe.plots.differences import UNDECIDED, rows_of
+from vitprobe.plots.style import attention_noun
 from vitprobe.report.findings.models import MAIN, in_text, several_seeds, shown
 from vitprobe.report.findings.similarity import with_interval
 from vitprobe.report.words import LEVEL, bracket, count, of_difference, spread
+from vitprobe.statistics import holm
 from vitprobe.tables import ONE_SEED
-from vitprobe.wording import join
+from vitprobe.wording import join, layers_in_words
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,11 +23,14 @@ if TYPE_CHECKING:
     from vitprobe.results import Comparison
 
 
+_MOST_LISTED = 4
+_LEVEL = 0.05
 _OVER = "(of means over heads and layers: single layers may differ either way)"
 
 
-def differences(table: pd.DataFrame) -> list[str]:
-    """How many paired differences stand after Holm's correction, and which pairs are undecided."""
+def differences(result: Comparison, table: pd.DataFrame) -> list[str]:
+    """How many paired differences stand after Holm's correction, which pairs are undecided, and
+    which of these differ both ways along depth."""
     if not len(table):
         return []
     open_ = table[table["verdict"] == UNDECIDED]
@@ -38,12 +43,37 @@ def differences(table: pd.DataFrame) -> list[str]:
         ]
     of = count(len(table), "paired difference")
     first = f"{len(table) - len(open_)} of {of} between models hold after Holm's correction {_OVER}"
-    if len(open_) > 4:
-        return [f"{first}; in the other {len(open_)}, the two models cannot be told apart."]
+    both = [text for row in rows_of(open_) if (text := _both_ways(result, row))]
+    if len(both) > _MOST_LISTED:
+        both = [
+            f"In {len(both)} of these {len(open_)}, one model is above the other in some layers "
+            "and below it in others."
+        ]
+    if len(open_) > _MOST_LISTED:
+        return [f"{first}; in the other {len(open_)}, the two models cannot be told apart.", *both]
     listed = [
         f"{row.model_a} and {row.model_b} in {in_text(row.measure)}" for row in rows_of(open_)
     ]
-    return [f"{first}; {join(listed)} cannot be told apart."]
+    return [f"{first}; {join(listed)} cannot be told apart.", *both]
+
+
+def _both_ways(result: Comparison, row: Any) -> str:
+    """Where one of two models whose means cannot be told apart is above the other, and where below,
+    after Holm's correction over layers; empty unless there is both."""
+    found = result.difference(row.measure, row.model_a, row.model_b)
+    stands = holm(found["p"].values) <= _LEVEL
+    above, below = (
+        found["layer"].values[stands & (sign * found["value"].values > 0)] for sign in (1, -1)
+    )
+    if not len(above) or not len(below):
+        return ""
+    of_layers = result.group_of(row.measure) != "attention"
+    noun = "layer" if of_layers else attention_noun(result, (row.model_a, row.model_b))
+    return (
+        f"Though their means cannot be told apart, {row.model_a} is above {row.model_b} in "
+        f"{in_text(row.measure)} in {layers_in_words(above, noun)} and below in "
+        f"{layers_in_words(below, noun)}."
+    )
 
 
 def beyond_untrained(result: Comparison, lists: Lists) -> list[str]:

@@ -92,12 +92,13 @@ def depth_caption(result: Comparison) -> list[str]:
     """How the view along depth is read."""
     names, panels = subjects(result), panels_of(result)
     parts = []
-    if panels and panels[0].label.startswith("CKA"):
+    shown = {panel.kind for panel in panels}
+    if "similarity" in shown:
         same = len(depths(result)) == 1
         where = "at the same depth" if same else "nearest in share of depth"
         parts.append(f"CKA of each layer with the layer of {names[0]} {where}")
-    if len(panels) > len(parts):
-        parts.append("attention and accuracy, where they were measured, by layer")
+    if by_layer := [kind for kind in ("attention", "accuracy") if kind in shown]:
+        parts.append(f"{join(by_layer)} by layer")
     bands = f"Bands: {LEVEL} intervals over images, layer by layer (pointwise)."
     text = "; ".join(parts)
     return [f"{text[0].upper()}{text[1:]}. {bands}"] if text else [bands]
