@@ -122,6 +122,19 @@ def test_sizes_and_modes_are_checked_from_the_heads_of_files(tmp_path):
         data.test.check_sizes()
 
 
+def test_classes_that_are_none_are_found_in_all_maps_at_once(tmp_path):
+    data = load_semantic(voc(tmp_path / "voc"))
+    data.test.check_classes()
+    path = data.test.root / data.test.maps[-1]
+    with Image.open(path) as image:
+        values = np.array(image)
+    values[0, 0] = 77
+    save(path, values)
+    data.test.check_sizes()
+    with pytest.raises(DataError, match="has a pixel of class 77"):
+        data.test.check_classes()
+
+
 def test_lists_that_are_the_same_and_classes_in_another_encoding(tmp_path):
     root = tmp_path / "voc"
     voc(root)

@@ -84,6 +84,15 @@ class Maps:
                     f"{of_map[0]} x {of_map[1]}"
                 )
 
+    def check_classes(self) -> None:
+        """Read every map, which is for those to test on: the first epoch reads the others.
+
+        Raises:
+            DataError: as `targets`.
+        """
+        for i in range(len(self)):
+            self.targets(i)
+
     def image(self, i: int) -> Tensor:
         """Image i: (channels, height, width) uint8. Raises DataError where it cannot be decoded."""
         return self.files.decode(i)

@@ -118,6 +118,8 @@ def test_segmentation_leaves_scores(place, head):
     assert (miou.metric, accuracy.metric) == ("miou", "pixel_accuracy")
     assert miou.low <= miou.value <= miou.high
     assert miou.settings["head"] == head
+    changed = {key for key in TINY if key not in ("seed", "threads", "epochs", "image_size")}
+    assert changed <= set(miou.settings)
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_bit(place):
@@ -169,6 +171,7 @@ def test_dry_runs_say_what_it_would_take(place, capsys):
     printed = capsys.readouterr().out
     assert "# steps: 600 (6 epochs x 100)" in printed.splitlines()
     assert "800 to train on, 200 to test on" in printed
+    assert "# classes: 5" in printed.splitlines()
     assert not (place / "run").exists()
 
 
@@ -181,6 +184,7 @@ def test_the_papers_recipe_is_planned_without_its_data(place, capsys):
         assert line in printed.splitlines()
     figures = dict(line[2:].split(": ", 1) for line in printed.splitlines() if line[:2] == "# ")
     assert figures["steps"].startswith("unknown: no folder")
+    assert figures["classes"] == "80, assumed: those of COCO"
     assert "M in the backbone" in figures["parameters"]
     assert float(figures["FLOPs per image"].split()[0]) > 100
 

@@ -36,6 +36,7 @@ class Plan:
     images: int | None
     tested: int | None
     problem: str
+    classes: int
     backbone: int
     parameters: int
     trained: int
@@ -50,8 +51,10 @@ class Plan:
             each = self.images // recipe.batch_size
             images = f"{self.images:,} to train on, {self.tested:,} to test on"
             steps = f"{recipe.epochs * each:,} ({recipe.epochs} epochs x {each:,})"
+        assumed = f", assumed: those of {'VOC' if recipe.detector is None else 'COCO'}"
         figures = {
             "images": images,
+            "classes": f"{self.classes}{'' if self.images is not None else assumed}",
             "steps": steps,
             "parameters": f"{self.backbone / 1e6:.2f} M in the backbone, "
             f"{self.parameters / 1e6:.2f} M in all, {self.trained / 1e6:.2f} M of them trained",
@@ -86,7 +89,8 @@ def plan(
     made = shapes_of(data)
     try:
         if made is not None:
-            images, tested, classes = made.train, made.val, len(CLASSES)
+            images, tested = made.train, made.val
+            classes = len(CLASSES) + (protocol == "segmentation")  # the background is one
         else:
             reader: Any = load_coco if protocol == "detection" else load_semantic
             found = reader(data)
@@ -101,6 +105,7 @@ def plan(
         images=images,
         tested=tested,
         problem=problem,
+        classes=classes,
         backbone=sum(p.numel() for p in method.encoder.parameters()),
         parameters=sum(sizes.values()),
         trained=sum(count for p, count in sizes.items() if p.requires_grad),

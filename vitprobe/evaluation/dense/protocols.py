@@ -42,6 +42,10 @@ from vitprobe.training.state import write_text
 
 FOLDER: Final = "training"
 """Of the run, in the folder of the evaluation."""
+_STATED: Final = (
+    "seed", "threads", "epochs", "image_size", "backbone.frozen", "segmenter.head"
+)  # fmt: skip
+"""Changes of a recipe that its scores tell elsewhere, or that change none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +152,8 @@ class Dense(Protocol):
         made = {"recipe": name, "epochs": recipe.epochs, "image_size": recipe.image_size}
         if recipe.backbone.frozen:
             made["frozen"] = True
-        return made
+        rest = (key for key in self.overrides if key not in _STATED)
+        return made | {key: self.overrides[key] for key in rest}
 
     @abstractmethod
     def _write(self, folder: Path, made: Any) -> Path: ...

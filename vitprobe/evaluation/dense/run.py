@@ -201,6 +201,7 @@ class SegmentationRun(DenseRun):
     def _check(self, data: Any) -> None:
         super()._check(data)
         data.test.check_sizes()
+        data.test.check_classes()
 
     def _method(self, data: Segmentation) -> Method:  # type: ignore[override]
         with torch.random.fork_rng(devices=[]):
