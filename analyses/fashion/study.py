@@ -51,6 +51,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 STAGES = ("train", "evaluate", "compare")
 KEPT = (0, 3, 6, 9)
 """Pre-trained blocks kept, for the figure of which layers matter; fine-tuning keeps all 12."""
+HALVES = (0, 6)
+"""The same of the other seeds: what the findings on lower and higher layers take."""
 LABELS = (1.0, 0.1, 0.01)
 """Shares of the training labels that fine-tuning uses."""
 PRETRAINED = ("mae", "dmae", "mocov3", "dino")
@@ -184,11 +186,10 @@ def evaluation(schedule: Schedule, runs: Path, data: Path) -> list[Job]:
             for system in (RANDOM, *PRETRAINED):
                 if seed in seeds[system]:
                     jobs.append(_finetuning(system, seed, labels, None, schedule, runs, data))
-        if seed == 0:
-            for labels in (LABELS[0], LABELS[-1]):
-                for kept in KEPT:
-                    for system in ("mae", "mocov3", "dmae"):
-                        jobs.append(_finetuning(system, 0, labels, kept, schedule, runs, data))
+        for labels in (LABELS[0], LABELS[-1]):
+            for kept in KEPT if seed == 0 else HALVES:
+                for system in ("mae", "mocov3", "dmae"):
+                    jobs.append(_finetuning(system, seed, labels, kept, schedule, runs, data))
     return jobs
 
 
