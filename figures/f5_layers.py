@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -15,23 +16,27 @@ KEPT = (0, 3, 6, 9, 12)
 SHARES = ((1.0, "all labels"), (0.01, "1 % of them"))
 
 
-def kept_curves(study: Study, method: str, labels: float) -> list[tuple[int, list[float]]]:
-    """Accuracies of the seeds by number of pre-trained blocks kept, of those that were run."""
-    found = []
-    for kept in KEPT:
-        known = study.accuracy(
-            study.seeds(method), "finetune", labels=labels, kept=None if kept == 12 else kept
-        )
-        if len(known):
-            found.append((kept, list(known)))
-    return found
+def kept_accuracies(study: Study, method: str, labels: float) -> pd.DataFrame:
+    """Accuracy of every seed (rows) by number of pre-trained blocks kept (columns).
+
+    nan where it was not run.
+    """
+    return pd.DataFrame(
+        {
+            kept: study.accuracy(
+                study.seeds(method), "finetune", labels=labels, kept=None if kept == 12 else kept
+            )
+            for kept in KEPT
+        },
+        index=study.seeds(method),
+    )
 
 
 def draw(study: Study) -> Figure:
     figure, axes = grid(2, 2, 3.7)
     for ax, (labels, _) in zip(axes[0], SHARES, strict=True):
         for method in TUNED:
-            _kept(ax, kept_curves(study, method, labels), method)
+            _kept(ax, kept_accuracies(study, method, labels), method)
         ax.set_xticks(KEPT)
         ax.set_xlim(-0.8, 12.8)
         ax.set_xlabel("Pre-trained blocks kept")
@@ -53,12 +58,16 @@ def draw(study: Study) -> Figure:
     return figure
 
 
-def _kept(ax: Axes, curve: list[tuple[int, list[float]]], method: str) -> None:
+def _kept(ax: Axes, table: pd.DataFrame, method: str) -> None:
     style = look(method)
-    # Seeds that were run for all blocks alone are dots; the line is of seed 0, which has them all.
-    ax.plot([kept for kept, _ in curve], [values[0] for _, values in curve], **style)
-    for kept, values in curve:
-        ax.plot([kept] * len(values), values, ls="", ms=2, mew=0, color=style["color"], marker="o")
+    # The other seeds were run for some numbers of blocks alone, and a line would leap between them.
+    whole = table.dropna()
+    for _, values in whole.head(1).iterrows():
+        ax.plot(KEPT, values, **style)
+    for kept in KEPT:
+        ax.plot(
+            [kept] * len(table), table[kept], ls="", ms=2, mew=0, color=style["color"], marker="o"
+        )
 
 
 def caption(study: Study) -> str:
@@ -75,14 +84,14 @@ def caption(study: Study) -> str:
         f"{method} at {text}"
         for labels, text in SHARES
         for method in TUNED
-        if len(kept_curves(study, method, labels)) < len(KEPT)
+        if kept_accuracies(study, method, labels).dropna().empty
     ]
     gaps = f" Not run at every number of blocks: {', '.join(missing)}." if missing else ""
     updates = study.schedule["finetune_updates"]
     return (
         "Which layers matter. (a, b) Accuracy after fine-tuning where only the first blocks keep "
-        "their pre-trained weights and the others start anew; lines are seed 0, dots any other "
-        f"seeds. {plural(updates, 'update')} of fine-tuning.{gaps} (c, d) Accuracy of weighted "
-        "k-NN (k = 20) and of a linear classifier on the mean of the patch tokens of each layer. "
-        f"One seed: no interval over seeds{tuned}. {setting(study)}"
+        "their pre-trained weights and the others start anew; dots are seeds, lines the first "
+        f"that was run for every number of blocks. {plural(updates, 'update')} of fine-tuning."
+        f"{gaps} (c, d) Accuracy of weighted k-NN (k = 20) and of a linear classifier on the mean "
+        f"of the patch tokens of each layer, seed 0{tuned}. {setting(study)}"
     )

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from vitprobe.commands.arguments import check_output, named
+from vitprobe.commands.arguments import check_images, check_output, named, spec_of
 from vitprobe.commands.messages import LEADS, complain
 from vitprobe.errors import DataError, ResultError, SourceError
-from vitprobe.models.sources import parse_spec
 
 if TYPE_CHECKING:
     from vitprobe.models.model import Subject
@@ -39,7 +38,7 @@ class Inspect:
 
     def run(self) -> str:
         name, spec = named(self.spec)
-        if parse_spec(spec).kind == "probe":
+        if spec_of(spec).kind == "probe":
             from vitprobe.probe import describe_probe, open_probe
 
             return describe_probe(open_probe(spec, name=name))
@@ -144,10 +143,11 @@ class Compare(_Gathering):
             check_output(self.out, self.force)
 
         measures = [name for text in self.measures for name in text.split(",") if name]
-        # A slip in a spec is told before torch is imported.
-        kinds = [parse_spec(spec, **more).kind for _, spec, more in entries]
+        kinds = [spec_of(spec, **more).kind for _, spec, more in entries]
         if self.images is None and set(kinds) != {"probe"}:
             raise DataError("no images to compare models on; give --images")
+        if self.images is not None:
+            check_images(self.images)
 
         if self.log:
             from vitprobe.loggers import check_loggers
@@ -215,7 +215,8 @@ class Probe(_Gathering):
 
     def run(self) -> str:
         name, spec = named(self.spec)
-        parse_spec(spec)  # a slip in a spec is told before torch is imported
+        spec_of(spec)
+        check_images(self.images)
 
         from vitprobe.models import load
         from vitprobe.models.model import assumed_notes

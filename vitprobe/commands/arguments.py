@@ -8,8 +8,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from vitprobe.errors import ResultError, SourceError
-from vitprobe.models.sources import OPTIONS
+from vitprobe.errors import DataError, ResultError, SourceError
+from vitprobe.models.sources import OPTIONS, ModelSpec, no_checkpoint, parse_spec
 
 
 def named(text: str) -> tuple[str | None, str]:
@@ -25,6 +25,23 @@ def named(text: str) -> tuple[str | None, str]:
             f"MAE=mae.pth,{text}"
         )
     return name, spec
+
+
+def spec_of(text: str, **options: Any) -> ModelSpec:
+    """A spec, read; what is plainly wrong with it is told before torch is imported.
+
+    Raises as `parse_spec`, and CheckpointError where no file is at its path.
+    """
+    spec = parse_spec(text, **options)
+    if spec.kind == "file" and not os.path.lexists(spec.target):
+        raise no_checkpoint(spec.target)
+    return spec
+
+
+def check_images(path: Path) -> None:
+    """Raise DataError, before torch is imported, where there are no images at a path."""
+    if not os.path.lexists(path) and "{" not in str(path):  # the numbers of tar shards
+        raise DataError(f"no images at '{path}': there is no such file or folder")
 
 
 def override(text: str) -> tuple[str, Any]:

@@ -10,8 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import tyro
 
-from vitprobe.commands.arguments import check_output, named
-from vitprobe.models.sources import parse_spec
+from vitprobe.commands.arguments import check_output, named, spec_of
 
 
 @dataclass
@@ -42,7 +41,7 @@ class EvaluateCommand:
 
     def run(self) -> str:
         name, spec = named(self.spec)
-        parse_spec(spec)  # a slip in a spec is told before torch is imported
+        spec_of(spec)
         # Of the processes that torchrun started, the first makes the folder that the others see.
         if not getattr(self, "resume", False) and os.environ.get("RANK", "0") == "0":
             check_output(self.out, self.force)

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from vitprobe.commands.arguments import check_output, named, override
+from vitprobe.commands.arguments import check_output, named, override, spec_of
 from vitprobe.commands.evaluate import EvaluateCommand
-from vitprobe.models.sources import parse_spec
 
 
 @dataclass
@@ -36,7 +35,7 @@ class DenseCommand(EvaluateCommand):
     def run(self) -> str:
         if self.dry_run:
             name, spec = named(self.spec)
-            parse_spec(spec)
+            spec_of(spec)
 
             from vitprobe.evaluation.dense.plan import plan
 

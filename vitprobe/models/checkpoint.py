@@ -25,6 +25,7 @@ from torch import Tensor
 
 from vitprobe.errors import CheckpointError
 from vitprobe.models.inert import Storage, Unpickler
+from vitprobe.models.sources import no_checkpoint
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
@@ -63,10 +64,7 @@ def read_checkpoint(path: str | Path) -> CheckpointFile:
             stream.seek(0)
             container, content, metadata = _read(path, stream, head)
     except (FileNotFoundError, ValueError):  # no path has a null byte
-        raise CheckpointError(
-            f"There is no checkpoint file '{path}'; a timm model is named as timm:NAME, one of "
-            "Hugging Face as hf:NAME."
-        ) from None
+        raise no_checkpoint(path) from None
     except IsADirectoryError:
         raise CheckpointError(
             f"'{path}' is a directory; give the checkpoint file in it, or run:DIR for a run of "

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from vitprobe.bundled import bundled_encoder
-from vitprobe.errors import SourceError, suggest
+from vitprobe.errors import CheckpointError, SourceError, suggest
 
 PROBE_SUFFIX = ".probe"
 RUN_ENCODER = "encoder.safetensors"
@@ -102,6 +102,14 @@ def _split_kind(source: str, text: str) -> tuple[str, str]:
             "init:NAME, run:DIR or the path of a checkpoint file."
         )
     return prefix, target
+
+
+def no_checkpoint(path: str | Path) -> CheckpointError:
+    """What to raise where there is no file at a path."""
+    return CheckpointError(
+        f"There is no checkpoint file '{path}'; a timm model is named as timm:NAME, one of Hugging "
+        "Face as hf:NAME."
+    )
 
 
 def _exists(path: str) -> bool:
