@@ -551,6 +551,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(run, recipe, tmp_pat
         (("digits_mae",), "give --out"),
         (("digits_mae", "--out", "x", "--set", "epochs=1", "--set", "seed=1"), "after one --set"),
         (("digits_mae", "--out", "x", "--sharded"), "Sharding needs several processes"),
+        (("digits_mae", "--out", "x", "--resume", "--force"), "give one of them"),
         (("digits_mae", "--out", "x", "--workers", "-1"), "workers must be at least 0"),
         (("digits_mae", "--out", "x", "--device", "mps"), "use --device cpu"),
         (("digits_mocov3", "--out", "x", "--set", "batch_size=1"), "batch_size must be at least 2"),

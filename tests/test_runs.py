@@ -99,6 +99,14 @@ def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
         read_runs(tmp_path)
 
 
+def test_runs_that_have_logged_nothing_are_named(folder: Path) -> None:
+    run(folder / "young", "mae", [])
+    (folder / "young" / "log.jsonl").unlink()
+    (folder / "young" / "state.pt").touch()
+    with pytest.warns(UserWarning, match=r"left out, as no epoch .*young'"):
+        assert "young" not in final_values(read_runs(folder))
+
+
 @pytest.mark.parametrize("recipe", ["not toml", "epochs = 3", "method = 3", "[method]"])
 def test_a_damaged_recipe_is_named(folder: Path, recipe: str) -> None:
     (folder / "b" / "recipe.toml").write_text(recipe)

@@ -14,7 +14,7 @@ import pandas as pd
 from vitprobe.errors import ResultError, suggest
 
 COLUMNS = ("run", "method", "epoch", "step", "metric", "value")
-_RECIPE, _LOG = "recipe.toml", "log.jsonl"
+_RECIPE, _LOG, _STATE = "recipe.toml", "log.jsonl", "state.pt"
 # What is worth a look in every run; terms of a loss and the learning rate are there for the asking.
 _USUAL = ("loss", "test_accuracy", "knn_accuracy", "images_per_s")
 
@@ -32,12 +32,17 @@ def read_runs(folder: str | Path) -> pd.DataFrame:
     folder = Path(folder)
     if not folder.is_dir():
         raise ResultError(f"there is no folder '{folder}'")
-    homes = sorted(path.parent for path in folder.rglob(_RECIPE) if path.with_name(_LOG).is_file())
+    found = sorted(path.parent for path in folder.rglob(_RECIPE))
+    homes = [home for home in found if (home / _LOG).is_file()]
     if not homes:
         raise ResultError(
             f"'{folder}' holds no run of vitprobe pretrain: no folder in it has {_RECIPE} and "
             f"{_LOG}"
         )
+    silent = [f"'{home}'" for home in found if home not in homes and (home / _STATE).is_file()]
+    if silent:
+        names = ", ".join(silent)
+        warnings.warn(f"left out, as no epoch of theirs has been logged: {names}", stacklevel=2)
     rows = []
     for home in homes:
         name = home.relative_to(folder).as_posix() if home != folder else home.resolve().name

@@ -301,7 +301,7 @@ def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
     for name in ("state.pt", "state.previous.pt"):
         state = tmp_path / "run" / name
         state.write_bytes(state.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match=r"state\.pt is damaged.*so is the one before"):
+    with pytest.raises(CheckpointError, match=r"state\.pt is damaged.*nor can the one before"):
         _train("mae", tmp_path / "run", resume=True)
 
 
@@ -322,6 +322,7 @@ def test_a_damaged_last_state_falls_back_to_the_one_before_and_says_so(
 def test_a_state_that_is_not_this_methods_is_refused(tmp_path: Path) -> None:
     _train("mae", tmp_path / "run")
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    (tmp_path / "run" / "state.previous.pt").unlink()
     for broken in ({**state, "method": {}}, {"step": 3}, [1]):
         torch.save(broken, tmp_path / "run" / "state.pt")
         with pytest.raises(CheckpointError, match="not a training state of this recipe"):
@@ -340,13 +341,27 @@ def test_a_loss_that_is_not_finite_names_the_step_and_terms_and_keeps_the_state(
     monkeypatch.setattr(Supervised, "loss", diverging)
     message = (
         rf"supervised loss or its gradient is not finite at step {STEPS_PER_EPOCH} "
-        rf"\(loss nan, accuracy 0\..*state\.pt holds step {STEPS_PER_EPOCH}\. Lower optimizer\.lr"
+        rf"\(loss nan, accuracy 0\..*state\.pt holds step {STEPS_PER_EPOCH}\. Resumed as it is"
     )
     with pytest.raises(RecipeError, match=message):
         _train("supervised", tmp_path / "run")
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
     assert state["step"] == STEPS_PER_EPOCH
     assert all(tensor.isfinite().all() for tensor in state["method"].values())
+
+
+def test_a_loss_that_is_not_finite_at_once_is_not_blamed_on_the_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = Supervised.loss
+
+    def broken(method: Supervised, batch: Any) -> Any:
+        value, terms = loss(method, batch)
+        return value * float("nan"), terms
+
+    monkeypatch.setattr(Supervised, "loss", broken)
+    with pytest.raises(RecipeError, match=r"at step 0 .* no learning rate is to blame"):
+        _train("supervised", tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,19 @@ def test_labels_are_missed_before_anything_is_built(tmp_path) -> None:
         plan("digits_supervised", data=_flat(tmp_path))
 
 
+def test_what_a_run_would_refuse_is_refused() -> None:
+    with pytest.raises(RecipeError, match="batch_size 5000 is more than the 1437 training images"):
+        plan("digits_mae", overrides={"batch_size": 5000})
+
+
+def test_a_warm_up_that_outlasts_the_run_is_told() -> None:
+    overrides = SMALL | {"epochs": 3, "optimizer.warmup_epochs": 3}
+    text = plan("digits_mae", overrides=overrides).to_text()
+    assert "# note 1: the warm-up of 3 epochs is as long as the run of 3 or longer" in text
+    for shorter in ({"optimizer.warmup_epochs": 2}, {"epochs": 0, "snapshots": []}):
+        assert "warm-up" not in plan("digits_mae", overrides=overrides | shorter).to_text()
+
+
 def _flat(folder) -> str:
     from PIL import Image
 

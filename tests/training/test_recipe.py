@@ -126,3 +126,12 @@ def test_broken_files_are_refused(tmp_path: Path, text: str, message: str) -> No
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"No recipe file .*absent\.toml"):
         load_recipe(tmp_path / "absent.toml")
+
+
+def test_another_method_takes_nothing_of_the_one_before() -> None:
+    recipe = load_recipe("digits_mae", overrides={"epochs": 1, "method.name": "supervised"})
+    assert recipe.method.name == "supervised"
+    with pytest.raises(RecipeError, match=r"unknown key 'method\.mask_ratio'"):
+        load_recipe("digits_mae", overrides={"method.name": "supervised", "method.mask_ratio": 0.5})
+    kept = load_recipe("digits_mae", overrides={"method.name": "mae"})
+    assert kept == load_recipe("digits_mae")

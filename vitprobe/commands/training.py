@@ -23,7 +23,8 @@ class Pretrain:
     """Folder for the run; needed unless --dry-run."""
     data: str | None = None
     """Training data, if not the recipe's own: a folder, zip or tar with one folder a class (in
-    train/ and val/ or test/, or alone), tar shards, idx files, CIFAR archives, hf:NAME, .npz."""
+    train/ and val/ or test/, or alone), tar shards, idx files, CIFAR archives (cifar10:FOLDER,
+    cifar100:FOLDER), hf:NAME, .npz."""
     set: tuple[str, ...] = ()
     """Overrides of recipe keys, such as epochs=3 or optimizer.lr=1e-3."""
     device: str = "auto"
@@ -45,6 +46,8 @@ class Pretrain:
         overrides = dict(override(text) for text in self.set)
         if self.out is None and not self.dry_run:
             raise SourceError("no folder for the run; give --out")
+        if self.resume and self.force:
+            raise SourceError("--resume goes on with a run, --force replaces it; give one of them")
 
         from vitprobe.training import Terminated, plan, pretrain
 

@@ -25,6 +25,8 @@ def arrays(images: Any, labels: Any, source: str) -> Arrays:
     images = np.asarray(images)
     if images.ndim == 3:
         images = images[:, None]
+    if images.ndim and not len(images):
+        raise DataError(f"'{source}' holds no images: its array is {_shape(images)}")
     if images.ndim != 4 or 0 in images.shape:
         raise DataError(
             f"images of '{source}' are {_shape(images)}; give (n, channels, height, width)"

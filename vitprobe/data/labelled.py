@@ -121,7 +121,7 @@ def _split(source: str) -> Split:
         return _from_file(path)
     raise DataError(
         f"no labelled images '{source}': there is no such file or folder, and it is none of "
-        f"{', '.join(_NAMED)}, hf:NAME.{suggest(source, _NAMED)}"
+        f"{', '.join(_NAMED)}, hf:NAME, cifar10:FOLDER and its like.{suggest(source, _NAMED)}"
     )
 
 

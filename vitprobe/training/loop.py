@@ -27,7 +27,7 @@ from vitprobe.errors import CheckpointError, RecipeError, ResultError
 from vitprobe.loggers import Logger, check_loggers, open_loggers
 from vitprobe.training.encoder import save_encoder
 from vitprobe.training.pictures import save_grid
-from vitprobe.training.recipe import Recipe, load_recipe
+from vitprobe.training.recipe import Recipe, load_recipe, remarks
 from vitprobe.training.run import Run
 from vitprobe.training.state import load_state, previous, save_state, write_text
 
@@ -164,7 +164,8 @@ def train(
         existed = out.is_dir()
         if existed:
             stack.enter_context(_alone(out))
-        notes = [run.path, *run.engine.notes, *_prepare(out, run, resume=resume, force=force)]
+        notes = [run.path, *remarks(run.recipe), *run.engine.notes]
+        notes += _prepare(out, run, resume=resume, force=force)
         if not existed:
             stack.enter_context(_alone(out))
         sinks = open_loggers(
@@ -344,6 +345,8 @@ def _prepare(out: Path, run: Run, *, resume: bool, force: bool) -> list[str]:
 
 def _clear(out: Path, leaves: Sequence[str], *, force: bool) -> None:
     try:
+        if out.exists() and not out.is_dir():
+            raise ResultError(f"{out} is a file; name a folder for the run.")
         if out.exists() and not (out.is_dir() and not any(out.iterdir())) and not force:
             raise ResultError(
                 f"{out} exists; resume it (--resume), replace it (--force), or name another."
@@ -370,14 +373,7 @@ def _sweep(out: Path) -> None:
 
 def _resume(out: Path, run: Run) -> list[str]:
     path = out / STATE
-    state, damage = load_state(path)
-    try:
-        differences = run.restore(state)
-    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} is not a training state of this recipe ({type(error).__name__}); "
-            "start the run again with force."
-        ) from error
+    differences, damage = load_state(path, run.restore)
     run.saved = _saved(run, out)
     # Epochs logged after the state was saved will be run, and logged, again.
     log = out / LOG
@@ -385,7 +381,7 @@ def _resume(out: Path, run: Run) -> list[str]:
     if len(kept) < run.epoch:
         raise CheckpointError(
             f"{log} has lines for {len(kept)} of the {run.epoch} epochs that {path} has seen; put "
-            "it back, or start the run again with force."
+            "it back, or start the run again with --force."
         )
     distributed.wait()
     if distributed.rank() == 0:

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitprobe.data.labelled import load_labelled
-from vitprobe.errors import CheckpointError, DataError, RecipeError, SourceError
-from vitprobe.training.methods import METHODS, Batch, Method
+from vitprobe.errors import CheckpointError, DataError, SourceError
+from vitprobe.training.methods import Batch, Method
 from vitprobe.training.randomness import Draws
-from vitprobe.training.recipe import Recipe, load_recipe
-from vitprobe.training.run import build_method
+from vitprobe.training.recipe import Recipe, load_recipe, remarks
+from vitprobe.training.run import build_method, check_data
 
 # AdamW in single precision: the weight, its gradient and two moments.
 _BYTES_TRAINED, _BYTES_FROZEN = 16, 4
@@ -34,7 +34,7 @@ class Plan:
     frozen_parameters: of momentum encoders and teachers.
     flops: of one image, forward and backward and of all its views (a multiply-add counts two).
     activations: bytes an image kept for the gradient.
-    notes: what the figures leave out.
+    notes: what the figures leave out, and what of the recipe is seldom meant.
     memory: bytes for weights, optimiser and activations of one process; an estimate.
     """
 
@@ -71,8 +71,8 @@ class Plan:
             "learning rate": f"{self.recipe.optimizer.lr * self.recipe.batch_size / 256:.3g}, as "
             "optimizer.lr is for 256 images",
             "FLOPs per image": f"{self.flops / 1e9:.3g} G, forward and backward",
-            "memory": f"about {self.memory / 2**30:.2f} GiB for a batch of "
-            f"{self.recipe.batch_size // self.recipe.accumulate}"
+            "memory": f"about {self.memory / 2**30:.2f} GiB for one process that computes "
+            f"{self.recipe.batch_size // self.recipe.accumulate} images at a time"
             + (", less as blocks are recomputed" if self.recipe.recompute else ""),
         }
         figures |= {f"note {i + 1}": note for i, note in enumerate(self.notes)}
@@ -93,14 +93,13 @@ def plan(
     """
     resolved = load_recipe(recipe, data=data, overrides=overrides)
     images, classes, problem = None, 1000, ""
-    notes: list[str] = []
+    notes = list(remarks(resolved))
     try:
         labelled = load_labelled(resolved.data, channels=resolved.encoder.channels)
         images, classes = len(labelled.train), len(labelled.classes)
+        check_data(resolved, labelled)
     except DataError as error:
         problem = str(error)
-    if images is not None and METHODS[resolved.method.name].needs_labels and not classes:
-        raise RecipeError(f"{resolved.method.name} needs labels, and {resolved.data!r} has none.")
     try:
         method = build_method(resolved, classes).train()
     except (CheckpointError, SourceError) as error:

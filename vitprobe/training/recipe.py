@@ -161,6 +161,17 @@ def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
+def remarks(recipe: Any) -> tuple[str, ...]:
+    """What of a recipe of any kind can be followed but is seldom meant."""
+    warmup = recipe.optimizer.warmup_epochs
+    if not 0 < recipe.epochs <= warmup:
+        return ()
+    return (
+        f"the warm-up of {warmup:g} epochs is as long as the run of {recipe.epochs} or longer, so "
+        "that the learning rate never comes down; lower optimizer.warmup_epochs",
+    )
+
+
 def load_recipe(
     recipe: str | Path | Recipe,
     *,
@@ -195,6 +206,13 @@ def read_recipe(
     else:
         source = str(recipe)
         tables = _read(_locate(source, Path(), bundle), (), bundle)
+    # What was said of another method says nothing of this one.
+    method = tables.get("method")
+    if (
+        isinstance(method, dict)
+        and overrides.get("method.name", name := method.get("name")) != name
+    ):
+        tables["method"] = {}
     for key, value in overrides.items():
         _set(tables, key, value)
     complete(tables)

@@ -98,38 +98,10 @@ class Run:
         return fingerprint(data)
 
     def _check(self, data: Labelled) -> None:
-        self._check_batch(data)
-        recipe, processes = self.recipe, distributed.world_size()
-        least = METHODS[recipe.method.name].least_batch
-        if recipe.batch_size < least:
-            raise RecipeError(
-                f"{recipe.method.name} tells the images of a batch apart, so batch_size must be at "
-                f"least {least}, not {recipe.batch_size}."
-            )
-        share = recipe.batch_size // (processes * recipe.accumulate)
-        if share % 2 and any(getattr(recipe.method, k, 0) for k in ("mixup", "cutmix")):
-            raise RecipeError(
-                f"mixup and cutmix mix pairs of images, but each process works on {share} at a "
-                "time; choose a batch_size that leaves an even number."
-            )
-        if data.train.labels is None and METHODS[recipe.method.name].needs_labels:
-            raise RecipeError(
-                f"{recipe.method.name} needs labels, and {recipe.data!r} has none; give a folder "
-                "with one folder a class."
-            )
+        check_data(self.recipe, data)
 
-    def _check_batch(self, data: Labelled) -> None:
-        recipe, processes = self.recipe, distributed.world_size()
-        if self.steps_per_epoch == 0:
-            raise RecipeError(
-                f"batch_size {recipe.batch_size} is more than the {len(data.train)} training "
-                f"images of {recipe.data!r}; lower it."
-            )
-        if recipe.batch_size % (processes * recipe.accumulate):
-            raise RecipeError(
-                f"batch_size {recipe.batch_size} must be a multiple of {processes} processes x "
-                f"accumulate {recipe.accumulate}."
-            )
+    def _check_batch(self, data: Any) -> None:
+        check_batch(self.recipe, len(data.train))
 
     @property
     def path(self) -> str:
@@ -248,10 +220,16 @@ class Run:
         if step < 0:
             return
         listed = ", ".join(f"{n} {v:g}" for n, v in zip(self._names, values, strict=True))
+        advice = (
+            "Resumed as it is, the run would end so again: lower optimizer.lr or lengthen the "
+            "warm-up, and start again with --force, or in another folder to keep that state"
+            if step
+            else "No weight had been updated yet, so that no learning rate is to blame: look at "
+            "the images, the weights to start from, and precision"
+        )
         raise RecipeError(
             f"The {self.recipe.method.name} loss or its gradient is not finite at step {step:.0f} "
-            f"({listed}); {self.saved}. Lower optimizer.lr or lengthen the warm-up, and start "
-            "again with force."
+            f"({listed}); {self.saved}. {advice}."
         )
 
     def latest(self) -> dict[str, float]:
@@ -335,23 +313,23 @@ class Run:
         if differing:
             raise RecipeError(
                 f"This run was started with another recipe ({'; '.join(differing)}); "
-                "resume with its own, or start again with force."
+                "resume with its own, or start again with --force."
             )
         if state["data"] != self.fingerprint:
             raise RecipeError(
                 f"The images of {self.recipe.data!r} are not those this run was started with; put "
-                "them back, or start again with force."
+                "them back, or start again with --force."
             )
         # States of before have no such entry.
         if state.get("init", self.method.init_sha256) != self.method.init_sha256:
             raise RecipeError(
                 "The weights to start from are not those this run was started with; put them back, "
-                "or start again with force."
+                "or start again with --force."
             )
         if state["teacher"] != self.method.teacher_sha256:
             raise RecipeError(
                 "The teacher's weights are not those this run was started with; put them back, or "
-                "start again with force."
+                "start again with --force."
             )
         if not isinstance(state["step"], int) or not 0 <= state["step"] <= self.steps:
             raise ValueError(state["step"])
@@ -371,6 +349,43 @@ class Run:
     def close(self) -> None:
         """Stop what works ahead on the next batches."""
         self._batches = None
+
+
+def check_data(recipe: Recipe, data: Labelled) -> None:
+    """Raise RecipeError for data that these processes cannot train on by a recipe."""
+    kind = METHODS[recipe.method.name]
+    if data.train.labels is None and kind.needs_labels:
+        raise RecipeError(
+            f"{recipe.method.name} needs labels, and {recipe.data!r} has none; give a folder with "
+            "one folder a class, of two classes or more, or arrays with labels."
+        )
+    check_batch(recipe, len(data.train))
+    if recipe.batch_size < kind.least_batch:
+        raise RecipeError(
+            f"{recipe.method.name} tells the images of a batch apart, so batch_size must be at "
+            f"least {kind.least_batch}, not {recipe.batch_size}."
+        )
+    share = recipe.batch_size // (distributed.world_size() * recipe.accumulate)
+    if share % 2 and any(getattr(recipe.method, k, 0) for k in ("mixup", "cutmix")):
+        raise RecipeError(
+            f"mixup and cutmix mix pairs of images, but each process works on {share} at a "
+            "time; choose a batch_size that leaves an even number."
+        )
+
+
+def check_batch(recipe: Any, images: int) -> None:
+    """Raise RecipeError where the batch of a recipe is no batch of so many training images."""
+    processes = distributed.world_size()
+    if images < recipe.batch_size:
+        raise RecipeError(
+            f"batch_size {recipe.batch_size} is more than the {images} training images of "
+            f"{recipe.data!r}; lower it."
+        )
+    if recipe.batch_size % (processes * recipe.accumulate):
+        raise RecipeError(
+            f"batch_size {recipe.batch_size} must be a multiple of {processes} processes x "
+            f"accumulate {recipe.accumulate}."
+        )
 
 
 def build_method(recipe: Recipe, classes: int) -> Method:

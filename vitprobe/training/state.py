@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from vitprobe.errors import CheckpointError, ResultError
 from vitprobe.files import replacing
+
+T = TypeVar("T")
 
 
 def previous(path: Path) -> Path:
@@ -48,26 +51,42 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
         ) from error
 
 
-def load_state(path: Path) -> tuple[dict[str, Any], str]:
-    """The state at `path` on the CPU, or the one before it where that is missing or damaged.
+def load_state(path: Path, use: Callable[[dict[str, Any]], T]) -> tuple[T, str]:
+    """Use the state at `path`, on the CPU, or the one before it where that is missing or damaged.
 
-    Returns the state and, where it is the one before, what was wrong with the last.
+    use: what to do with it; KeyError, TypeError, ValueError, AttributeError and RuntimeError say
+        that it is no state of this run.
 
-    Raises CheckpointError when neither can be used.
+    Returns what `use` returns and, where it is the one before, what was wrong with the last.
+
+    Raises CheckpointError when neither can be used, and whatever else `use` raises.
     """
     if not path.exists() and not previous(path).exists():
         raise CheckpointError(
-            f"No training state {path} to resume from; start the run again with force."
+            f"No training state {path} to resume from; start the run again with --force."
         )
     try:
-        return _read(path), ""
+        return _used(path, use), ""
     except CheckpointError as damage:
         if not previous(path).exists():
-            raise CheckpointError(f"{damage}; start the run again with force.") from damage
+            raise CheckpointError(f"{damage}; start the run again with --force.") from damage
         try:
-            return _read(previous(path)), f"{damage}; going on from {previous(path).name}"
+            return _used(previous(path), use), f"{damage}; going on from {previous(path).name}"
         except CheckpointError as also:
-            raise CheckpointError(f"{damage}, and so is the one before ({also}).") from also
+            raise CheckpointError(
+                f"{damage}, nor can the one before be used ({also}); start the run again with "
+                "--force."
+            ) from also
+
+
+def _used(path: Path, use: Callable[[dict[str, Any]], T]) -> T:
+    state = _read(path)
+    try:
+        return use(state)
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is not a training state of this recipe ({type(error).__name__})"
+        ) from error
 
 
 def _read(path: Path) -> dict[str, Any]:

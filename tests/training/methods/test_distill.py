@@ -635,6 +635,18 @@ UNFIT: dict[str, tuple[dict[str, Any], str]] = {
 }  # fmt: skip
 
 
+def test_a_teacher_of_damaged_weights_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = VisionTransformer(
+        img_size=8, patch_size=2, in_chans=1, embed_dim=16, depth=1, num_heads=2, num_classes=0
+    )
+    with torch.no_grad():
+        module.norm.bias[3] = torch.nan
+    model = vp.wrap(module, name="x", mean=0.5, std=0.5)
+    monkeypatch.setattr(distill, "load", lambda spec: model)
+    with pytest.raises(RecipeError, match=r"its weights 'norm\.bias' are not all finite"):
+        load_teacher(config(attention=1.0), ENCODER)
+
+
 @pytest.mark.parametrize("kind", UNFIT)
 def test_other_models_are_refused_with_the_reason(
     monkeypatch: pytest.MonkeyPatch, kind: str
