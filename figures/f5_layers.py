@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import pandas as pd
+from typing import Any
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -16,27 +17,11 @@ KEPT = (0, 3, 6, 9, 12)
 SHARES = ((1.0, "all labels"), (0.01, "1 % of them"))
 
 
-def kept_accuracies(study: Study, method: str, labels: float) -> pd.DataFrame:
-    """Accuracy of every seed (rows) by number of pre-trained blocks kept (columns).
-
-    nan where it was not run.
-    """
-    return pd.DataFrame(
-        {
-            kept: study.accuracy(
-                study.seeds(method), "finetune", labels=labels, kept=None if kept == 12 else kept
-            )
-            for kept in KEPT
-        },
-        index=study.seeds(method),
-    )
-
-
 def draw(study: Study) -> Figure:
     figure, axes = grid(2, 2, 3.7)
     for ax, (labels, _) in zip(axes[0], SHARES, strict=True):
         for method in TUNED:
-            _kept(ax, kept_accuracies(study, method, labels), method)
+            _kept(ax, study.by_kept(method, KEPT, labels=labels), method)
         ax.set_xticks(KEPT)
         ax.set_xlim(-0.8, 12.8)
         ax.set_xlabel("Pre-trained blocks kept")
@@ -58,7 +43,7 @@ def draw(study: Study) -> Figure:
     return figure
 
 
-def _kept(ax: Axes, table: pd.DataFrame, method: str) -> None:
+def _kept(ax: Axes, table: Any, method: str) -> None:
     style = look(method)
     # The other seeds were run for some numbers of blocks alone, and a line would leap between them.
     whole = table.dropna()
@@ -84,7 +69,7 @@ def caption(study: Study) -> str:
         f"{method} at {text}"
         for labels, text in SHARES
         for method in TUNED
-        if kept_accuracies(study, method, labels).dropna().empty
+        if study.by_kept(method, KEPT, labels=labels).dropna().empty
     ]
     gaps = f" Not run at every number of blocks: {', '.join(missing)}." if missing else ""
     updates = study.schedule["finetune_updates"]

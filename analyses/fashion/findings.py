@@ -341,7 +341,11 @@ def _p(value: float) -> str:
 def summary(judged: pd.DataFrame) -> str:
     """How many hold."""
     counts = judged["verdict"].str.partition(":")[0].value_counts()
-    return ", ".join(f"{counts.get(v, 0)} {v}" for v in (HOLDS, FAILS, UNDECIDED))
+    held, failed, open_ = (int(counts.get(verdict, 0)) for verdict in (HOLDS, FAILS, UNDECIDED))
+    return (
+        f"{held} hold{'s' * (held == 1)}, {failed} do{'es' * (failed == 1)} not hold, "
+        f"{open_} {UNDECIDED}"
+    )
 
 
 def main(results: Path = RESULTS) -> None:

@@ -99,6 +99,18 @@ class Study:
         rows = rows[rows["kept"].isna() if kept is None else rows["kept"] == kept]
         return 100 * rows.groupby("model", sort=False)["value"].mean()
 
+    def by_kept(self, method: str, kept: Sequence[int], *, labels: float) -> pd.DataFrame:
+        """Top-1 accuracy in % of every seed (rows) by the number of pre-trained blocks that
+        fine-tuning kept (columns; 12 is all), nan where it was not run."""
+        names = self.seeds(method)
+        found = {
+            number: self.accuracy(
+                names, "finetune", labels=labels, kept=None if number == 12 else number
+            )
+            for number in kept
+        }
+        return pd.DataFrame(found, index=names)
+
     def by_layer(self, model: str, protocol: str) -> pd.Series:
         """Top-1 accuracy in % of a model by the layer whose features are used."""
         rows = self._rows([model], protocol, 1.0).dropna(subset="layer")

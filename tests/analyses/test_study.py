@@ -94,6 +94,9 @@ def test_evaluations_wait_for_the_encoder_that_they_score(short):
     kept = jobs["finetune-mae-0-1-kept3"].command
     assert kept[kept.index("--kept") + 1] == "3"
     assert kept[kept.index("--labels") + 1] == "1.0"
+    assert {name for name in jobs if name.startswith("finetune-mae-1-0.01")} == {
+        "finetune-mae-1-0.01", "finetune-mae-1-0.01-kept0", "finetune-mae-1-0.01-kept6"
+    }  # fmt: skip
     name, spec, needed = model_spec("random", 1, runs)
     assert (name, spec) == ("Random 1", str(needed))
     assert needed == runs / "mae-1" / "snapshots" / "epoch_0000.safetensors"
