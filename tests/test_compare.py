@@ -393,7 +393,7 @@ def test_undefined_subset_measures_say_why(pair):
     found = vp.compare(pair[:1], squares(20), ["linear_regression"], **QUIET)
     assert found.similarity("linear_regression", "a", "a").isnull().all()
     (note,) = (note for note in found.notes if "Linear regression" in note or "R²" in note)
-    assert re.search("a: .* is undefined in pairs of layers 0, 1, 2, 3; layer 0 .* images", note)
+    assert re.search("a: .* is undefined in pairs of layers 0 to 3; layer 0 .* images", note)
 
 
 def test_a_grid_without_a_diagonal_is_noted():

@@ -169,9 +169,9 @@ class Similarities:
             model, layer = self.features[index]
             by_model.setdefault(model, []).append((layer, reason))
         for model, layers in by_model.items():
-            which = ", ".join(str(layer) for layer, _ in layers)
+            which = layers_in_words(layer for layer, _ in layers)
             notes.append(
-                f"{model}: {measure.info.title} is undefined in pairs of layers {which}; layer "
+                f"{model}: {measure.info.title} is undefined in pairs of {which}; layer "
                 f"{layers[0][0]} {layers[0][1]}."
             )
         return found
