@@ -65,6 +65,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def no_images(path: object) -> DataError:
+    """What to raise where there are no images at a path."""
+    return DataError(f"no images at '{path}': there is no such file or folder")
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the known name nearest to `name`, or the empty string.
 

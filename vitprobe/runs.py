@@ -24,7 +24,8 @@ def read_runs(folder: str | Path) -> pd.DataFrame:
 
     Columns: run (its folder, relative to `folder`), method ("mae", or "mae, distilled" where it
     learned from a teacher), epoch, step, metric (as the log has it) and value. Lines of a log that
-    cannot be read, as the last may be while it is written, are left out with a warning.
+    cannot be read, as the last may be while it is written, are left out with a warning, and so are
+    runs that have logged no epoch.
 
     Raises ResultError where there is no such folder, no run in it, none that has logged anything,
     or a recipe that cannot be read.

@@ -1,8 +1,9 @@
-"""Lists of names and numbers in sentences."""
+"""Lists of names, numbers and settings in words."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 def layers_in_words(layers: Iterable[int], noun: str = "layer") -> str:
@@ -27,3 +28,17 @@ def join(items: Sequence[str]) -> str:
     if len(items) < 2:
         return "".join(items)
     return f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def dotted(settings: Mapping[str, Any], inside: str = "") -> list[tuple[str, Any]]:
+    """Nested settings with dotted names, `optimizer.lr`, as one writes them to change one.
+
+    Those that are off (None, empty lists and texts) are left out.
+    """
+    rows: list[tuple[str, Any]] = []
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            rows += dotted(value, f"{inside}{key}.")
+        elif value not in (None, [], ""):
+            rows.append((f"{inside}{key}", value))
+    return rows

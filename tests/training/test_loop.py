@@ -329,16 +329,21 @@ def test_a_state_that_is_not_this_methods_is_refused(tmp_path: Path) -> None:
             _train("mae", tmp_path / "run", resume=True)
 
 
+def _fail_from(epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the supervised loss be nan from an epoch on."""
+    loss = Supervised.loss
+
+    def failing(method: Supervised, batch: Any) -> Any:
+        value, terms = loss(method, batch)
+        return (value * float("nan") if batch.draws.epoch >= epoch else value), terms
+
+    monkeypatch.setattr(Supervised, "loss", failing)
+
+
 def test_a_loss_that_is_not_finite_names_the_step_and_terms_and_keeps_the_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loss = Supervised.loss
-
-    def diverging(method: Supervised, batch: Any) -> Any:
-        value, terms = loss(method, batch)
-        return (value * float("nan") if batch.draws.epoch == 1 else value), terms
-
-    monkeypatch.setattr(Supervised, "loss", diverging)
+    _fail_from(1, monkeypatch)
     message = (
         rf"supervised loss or its gradient is not finite at step {STEPS_PER_EPOCH} "
         rf"\(loss nan, accuracy 0\..*state\.pt holds step {STEPS_PER_EPOCH}\. Resumed as it is"
@@ -353,13 +358,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_terms_and_keeps_the_state(
 def test_a_loss_that_is_not_finite_at_once_is_not_blamed_on_the_rate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loss = Supervised.loss
-
-    def broken(method: Supervised, batch: Any) -> Any:
-        value, terms = loss(method, batch)
-        return value * float("nan"), terms
-
-    monkeypatch.setattr(Supervised, "loss", broken)
+    _fail_from(0, monkeypatch)
     with pytest.raises(RecipeError, match=r"at step 0 .* no learning rate is to blame"):
         _train("supervised", tmp_path / "run")
 

@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from vitprobe.errors import DataError, ResultError, SourceError
+from vitprobe.errors import ResultError, SourceError, no_images
 from vitprobe.models.sources import OPTIONS, ModelSpec, no_checkpoint, parse_spec
 
 
@@ -40,8 +40,10 @@ def spec_of(text: str, **options: Any) -> ModelSpec:
 
 def check_images(path: Path) -> None:
     """Raise DataError, before torch is imported, where there are no images at a path."""
-    if not os.path.lexists(path) and "{" not in str(path):  # the numbers of tar shards
-        raise DataError(f"no images at '{path}': there is no such file or folder")
+    from vitprobe.data.archives import is_pattern  # numpy is too heavy for help
+
+    if not os.path.lexists(path) and not is_pattern(str(path)):
+        raise no_images(path)
 
 
 def override(text: str) -> tuple[str, Any]:

@@ -31,7 +31,7 @@ from torch import Tensor
 from vitprobe.data.archives import expand, is_pattern, list_tars, read_members
 from vitprobe.data.blocks import Block, Blocks, Listing, Read, Source, View, decode
 from vitprobe.distributed import ALONE, Team
-from vitprobe.errors import DataError
+from vitprobe.errors import DataError, no_images
 
 EXTENSIONS: Final = frozenset(
     {".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff"}
@@ -242,7 +242,7 @@ def _from_path(path: Path, limit: int | None, seed: int) -> Images:
     if not path.exists():
         if is_pattern(str(path)):
             return _from_tars(str(path), expand(str(path)), limit, seed)
-        raise DataError(f"no images at '{path}': there is no such file or folder")
+        raise no_images(path)
     if not path.is_file() and not path.is_dir():
         raise DataError(f"no images at '{path}': it is neither a file nor a folder")
     try:

@@ -85,7 +85,7 @@ class Maps:
                 )
 
     def check_classes(self) -> None:
-        """Read every map, which is for those to test on: the first epoch reads the others.
+        """Read every map for classes that are none: before hours of training, and not after.
 
         Raises:
             DataError: as `targets`.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final, TypeVar
 
 from vitprobe.models.anatomy import Layout, Site
 from vitprobe.models.model import Model
 from vitprobe.sites import in_words, kind_of, refusals, remarks
+from vitprobe.wording import dotted
 
 _SHOWN: Final = 3
 # Measures whose refusals are told: one that asks for nothing, and one that asks for places.
@@ -25,7 +26,7 @@ def describe_text(model: Model) -> str:
         ("module", type(model.module).__name__),
         ("parameters", f"{described['parameters']:,}"),
         ("input", " x ".join(map(str, model.input_size)) + "  (channels x height x width)"),
-        *_training(model.training or {}),
+        *((name, _plain(value)) for name, value in dotted(model.training or {}, "training.")),
     ]
     facts = [
         (name, _plain(fact.value), fact.evidence + (f" ({fact.note})" if fact.note else ""))
@@ -34,25 +35,14 @@ def describe_text(model: Model) -> str:
     sections = [
         ("Model", _table([row for row in source if row[1] is not None])),
         ("Architecture and evidence", _table(facts)),
-        ("Weights", _table(_weights(model, described["nonfinite"]))),
+        ("Weights", _table(_weights(model))),
         ("Layers to capture", _table(_layers(model))),
         ("Attention layers", _table(_attention(model))),
     ]
     return "\n\n".join(f"{title}\n{body}" for title, body in sections if body)
 
 
-def _training(known: Mapping[str, Any], inside: str = "training.") -> list[tuple[str, str]]:
-    """How it was trained, a setting a row; settings that are off are left out."""
-    rows = []
-    for key, value in known.items():
-        if isinstance(value, Mapping):
-            rows += _training(value, f"{inside}{key}.")
-        elif value not in (None, [], ""):
-            rows.append((f"{inside}{key}", _plain(value)))
-    return rows
-
-
-def _weights(model: Model, nonfinite: Sequence[str]) -> list[tuple[str, str]]:
+def _weights(model: Model) -> list[tuple[str, str]]:
     rows = []
     if report := model.report:
         rows = [
@@ -62,8 +52,8 @@ def _weights(model: Model, nonfinite: Sequence[str]) -> list[tuple[str, str]]:
         ]
         if report.branch:
             rows.insert(0, ("branch", report.branch))
-    if nonfinite:
-        rows.append(("not finite", _keys(nonfinite)))
+    if model.nonfinite:
+        rows.append(("not finite", _keys(model.nonfinite)))
     return rows
 
 

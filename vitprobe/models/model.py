@@ -158,6 +158,15 @@ class Model:
         )
         return (images - mean) / std
 
+    @property
+    def nonfinite(self) -> list[str]:
+        """Names of the parameters with nan or infinity among their weights."""
+        return [
+            name
+            for name, parameter in self.module.named_parameters()
+            if not torch.isfinite(parameter).all()
+        ]
+
     def describe(self) -> dict[str, Any]:
         """All that is known of the model, as JSON-able values."""
         return {
@@ -174,11 +183,7 @@ class Model:
             },
             "assumed": [name for name, fact in self.facts.items() if fact.evidence == ASSUMED],
             "report": self.report.to_dict() if self.report else None,
-            "nonfinite": [
-                name
-                for name, parameter in self.module.named_parameters()
-                if not torch.isfinite(parameter).all()
-            ],
+            "nonfinite": self.nonfinite,
             "training": self.training,
             "sha256": self.sha256,
         }

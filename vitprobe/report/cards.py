@@ -10,7 +10,7 @@ from vitprobe.plots.accuracy_panels import by_protocol
 from vitprobe.plots.differences import rows_of
 from vitprobe.plots.style import attention_noun, color_index
 from vitprobe.report.words import NBSP, bracket, count, number, percent, show
-from vitprobe.wording import join
+from vitprobe.wording import dotted, join
 
 if TYPE_CHECKING:
     from vitprobe.results import Comparison
@@ -62,7 +62,7 @@ def card(result: Comparison, name: str) -> dict[str, Any]:
         "facts": facts,
         "assumed": [f"{key} {text}" for key, text, _, is_assumed in facts if is_assumed],
         "metrics": _metrics(known.get("metrics")),
-        "recipe": _recipe(known.get("recipe")),
+        "recipe": [(key, show(value)) for key, value in dotted(known.get("recipe") or {})],
         "scores": _scores(result, name),
         "color": color_index(result, name),
         "headline": headline,
@@ -82,19 +82,6 @@ def _metrics(metrics: Any) -> str:
         if isinstance(value, int | float)
     ]
     return f"Its training ended with {join(parts)}." if parts else ""
-
-
-def _recipe(recipe: Any, inside: str = "") -> list[tuple[str, str]]:
-    """The settings of a recipe with dotted names, as one writes them to change one."""
-    if not isinstance(recipe, dict):
-        return []
-    rows = []
-    for key, value in recipe.items():
-        if isinstance(value, dict):
-            rows += _recipe(value, f"{inside}{key}.")
-        elif value not in (None, [], ""):
-            rows.append((f"{inside}{key}", show(value)))
-    return rows
 
 
 def _scores(result: Comparison, name: str) -> list[tuple[str, str]]:

@@ -208,10 +208,8 @@ def read_recipe(
         tables = _read(_locate(source, Path(), bundle), (), bundle)
     # What was said of another method says nothing of this one.
     method = tables.get("method")
-    if (
-        isinstance(method, dict)
-        and overrides.get("method.name", name := method.get("name")) != name
-    ):
+    name = method.get("name") if isinstance(method, dict) else None
+    if name is not None and overrides.get("method.name", name) != name:
         tables["method"] = {}
     for key, value in overrides.items():
         _set(tables, key, value)

@@ -100,9 +100,6 @@ class Run:
     def _check(self, data: Labelled) -> None:
         check_data(self.recipe, data)
 
-    def _check_batch(self, data: Any) -> None:
-        check_batch(self.recipe, len(data.train))
-
     @property
     def path(self) -> str:
         """Which way images take to the device, and why."""

@@ -28,7 +28,7 @@ from vitprobe.evaluation.intervals import Interval
 from vitprobe.models import Model
 from vitprobe.training.feed import Feed
 from vitprobe.training.methods import Method
-from vitprobe.training.run import Run
+from vitprobe.training.run import Run, check_batch
 
 WEIGHTS: Final = "weights.safetensors"
 CLASSES: Final = "classes.csv"
@@ -106,7 +106,7 @@ class DenseRun(Run):
         return {}
 
     def _check(self, data: Any) -> None:
-        self._check_batch(data)
+        check_batch(self.recipe, len(data.train))
 
     def _fingerprint(self, data: Any) -> str:
         return f"{data.train.fingerprint} {data.test.fingerprint}"

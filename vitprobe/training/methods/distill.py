@@ -174,9 +174,8 @@ def _unfit(teacher: Model, encoder: EncoderConfig) -> str:
             f"it has {anatomy.prefix_tokens} tokens before the patches, the student a class token "
             "alone"
         )
-    for name, weight in module.named_parameters():
-        if not torch.isfinite(weight).all():
-            return f"its weights '{name}' are not all finite"
+    if damaged := teacher.nonfinite:
+        return f"its weights '{damaged[0]}' are not all finite"
     if len(channels) > 1 and channels != {1, 3}:
         return (
             f"it wants images of {teacher.input_size[0]} channels, the student's have "
