@@ -54,7 +54,14 @@ class NoRoomError(VitprobeError):
     """Memory that does not suffice for what a smaller forward pass needs as well; names what."""
 
 
-_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "std::bad_alloc")
+_NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "std::bad_alloc",
+    # oneDNN gives no other reason where it finds no room.
+    "could not create a primitive",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, TypeAlias
@@ -63,11 +64,6 @@ class Products:
         mask = None if self.mask is None else self.mask.expand(self.shape)[images, :, queries]
         return Products(self.query[images, :, queries], self.key[images], self.scale, mask)
 
-    def of_keys(self, keys: slice) -> Products:
-        """Some keys."""
-        mask = None if self.mask is None else self.mask.expand(self.shape)[..., keys]
-        return Products(self.query, self.key[:, :, keys], self.scale, mask)
-
     def unpacked(self) -> Products:
         """The same in the type of the logits; without a copy where it is theirs already."""
         query, key = self.query.to(self.dtype), self.key.to(self.dtype)
@@ -83,15 +79,16 @@ class Products:
         query, key = self.query.to(self.dtype), self.key.to(self.dtype)
         return masked_((query * self.scale) @ key.mT, self.mask)
 
-    def write(self, out: Tensor) -> None:
-        """Write the logits to (images, heads, queries, keys) of one piece; without a gradient.
-
-        Queries and keys must be of the logits' type.
+    def write(self, queries: slice, keys: slice, out: Tensor) -> None:
+        """Write some of the logits, (images, heads, queries, keys) of one piece, without a
+        gradient. Queries and keys must be of the logits' type.
         """
         # Image by image: heads mostly lie inside tokens, and all images at once would be copied.
-        for one, query, key in zip(out, self.query, self.key, strict=True):
+        for image, one in enumerate(out):
+            query, key = self.query[image, :, queries], self.key[image, :, keys]
             torch.baddbmm(one, query, key.mT, beta=0, alpha=self.scale, out=one)
-        masked_(out, self.mask)
+        if self.mask is not None:
+            masked_(out, self.mask.expand(self.shape)[:, :, queries, keys])
 
 
 def masked_(logits: Tensor, mask: Tensor | None) -> Tensor:
@@ -152,43 +149,42 @@ def row_statistics(
 def _in_tiles(logits: Logits, query_prefix: int, key_prefix: int, distance: Tensor | None) -> Rows:
     images, heads, queries, keys = logits.shape
     patches = keys - key_prefix
-    on_cpu = logits.device.type == "cpu"
-    most = TILE if on_cpu else DEVICE_TILE
+    most = TILE if logits.device.type == "cpu" else DEVICE_TILE
     step = max(1, min(images, most // max(1, heads * queries * patches)))
     height = queries if step > 1 else max(1, min(queries, most // max(1, heads * patches)))
-    tiles = [
-        (slice(first, min(first + step, images)), slice(top, min(top + height, queries)))
-        for first in range(0, images, step)
-        for top in range(0, queries, height)
-    ]
     like = torch.empty(0, dtype=logits.dtype, device=logits.device)
     room = _room(step * heads * height * patches, like)
     found = like.new_full((3, images, heads, queries), torch.nan)
+    # Of the first patch key too: its logit is needed behind its softmax.
+    aside = like.new_empty((images, heads, queries, min(key_prefix + 1, keys)))
     finite = isinstance(logits, Products) and logits.mask is None
-    of: slice | None = None
-    sides: tuple[Logits, ...] = ()
-    for some, rows in tiles:
-        if some != of:
-            of, whole = some, part_of(logits, some, slice(None))
-            whole = whole if isinstance(whole, Tensor) else whole.unpacked()
-            parts = (slice(0, key_prefix), slice(key_prefix, keys))
-            sides = tuple(_of_keys(whole, part) for part in parts)
-        shape = (some.stop - some.start, heads, rows.stop - rows.start, patches)
-        tile, weights = (half[: math.prod(shape)].view(shape) for half in room)
-        aside = tile.new_empty((*shape[:-1], key_prefix))
-        for side, out in zip(sides, (aside, tile), strict=True):
-            _write(side, rows, out)
-        entropy, distance_, sink = (part[some, :, rows] for part in found)
-        log_mass = _entropy(tile, weights, entropy, finite=finite)
-        _sink(aside, log_mass, sink)
-        if distance is not None:
-            patch = max(0, query_prefix - rows.start)
-            ends = (max(0, end - query_prefix) for end in (rows.start, rows.stop))
-            weights = weights[:, :, patch:]
-            weights.mul_(distance[slice(*ends)])
-            torch.sum(weights, -1, out=distance_[:, :, patch:])
-            distance_.masked_fill_(entropy.isnan(), torch.nan)
-    return Rows(found[0], None if distance is None else found[1], found[2])
+    for some in _steps(images, step):
+        group = part_of(logits, some, slice(None))
+        group = group if isinstance(group, Tensor) else group.unpacked()
+        _write(group, slice(None), slice(0, key_prefix + 1), aside[some])
+        for rows in _steps(queries, height):
+            shape = (some.stop - some.start, heads, rows.stop - rows.start, patches)
+            tile, weights = (half[: math.prod(shape)].view(shape) for half in room)
+            entropy, distance_, log_mass = found[:, some, :, rows]
+            _write(group, rows, slice(key_prefix, keys), tile)
+            if patches:
+                first = aside[some, :, rows, key_prefix] if finite else None
+                _entropy(tile, weights, first, entropy, log_mass)
+            if distance is not None:
+                patch = max(0, query_prefix - rows.start)
+                ends = (max(0, end - query_prefix) for end in (rows.start, rows.stop))
+                weights = weights[:, :, patch:].mul_(distance[slice(*ends)])
+                torch.sum(weights, -1, out=distance_[:, :, patch:])
+    entropy, distance_, log_mass = found
+    entropy.neg_().clamp_min_(0)
+    if patches == 0:
+        found[:2], log_mass[:] = torch.nan, -torch.inf
+    sink = _sink(aside[..., :key_prefix], log_mass)
+    return Rows(entropy, None if distance is None else distance_, sink)
+
+
+def _steps(count: int, step: int) -> Iterator[slice]:
+    return (slice(first, min(first + step, count)) for first in range(0, count, step))
 
 
 _kept = threading.local()
@@ -215,50 +211,47 @@ def part_of(logits: Logits, images: slice, queries: slice) -> Logits:
     return logits.part(images, queries)
 
 
-def _of_keys(logits: Logits, keys: slice) -> Logits:
-    return logits[..., keys] if isinstance(logits, Tensor) else logits.of_keys(keys)
-
-
-def _write(logits: Logits, rows: slice, out: Tensor) -> None:
-    part = part_of(logits, slice(None), rows)
-    if isinstance(part, Tensor):
-        out.copy_(part)
+def _write(logits: Logits, queries: slice, keys: slice, out: Tensor) -> None:
+    if isinstance(logits, Tensor):
+        out.copy_(logits[:, :, queries, keys])
     else:
-        part.write(out)
+        logits.write(queries, keys, out)
 
 
-def _entropy(tile: Tensor, weights: Tensor, entropy: Tensor, *, finite: bool) -> Tensor:
-    """The logarithm of each row's sum of exponentials, (..., rows).
+def _entropy(
+    tile: Tensor, weights: Tensor, first: Tensor | None, entropy: Tensor, log_mass: Tensor
+) -> None:
+    """Write the negative entropy of each row's softmax, and the logarithm of what it divides by.
 
-    tile: (..., rows, keys) logits, which are lost. weights: of the same shape, for their softmax.
-    entropy: (..., rows), of the softmax; nan where the row has no key to read.
-    finite: whether no logit is minus infinity.
+    Args:
+        tile: (..., rows, keys) logits, which are lost.
+        weights: of the same shape, for their softmax.
+        first: (..., rows), the logit of the first key; None where it may be minus infinity.
+        entropy: (..., rows); nan where the row has no key to read.
+        log_mass: (..., rows), logarithm of the sum of exponentials.
     """
-    if tile.shape[-1] == 0:
-        return torch.full_like(entropy, -torch.inf)
-    most = tile.amax(-1)
-    nothing = most == -torch.inf
-    tile.sub_(most.masked_fill(nothing, 0)[..., None])
-    if not finite:
+    # A logit less its log-softmax is that logarithm: any will do that is finite, and the first is
+    # cheaper than to look for the largest.
+    most = tile.amax(-1) if first is None else first
+    torch.log_softmax(tile, -1, out=tile)
+    torch.sub(most, tile.amax(-1) if first is None else tile[..., 0], out=log_mass)
+    torch.exp(tile, out=weights)
+    if first is None:
+        log_mass.masked_fill_(most == -torch.inf, -torch.inf)
         tile.clamp_min_(_MASKED)
-    torch.softmax(tile, -1, out=weights)
-    # The largest weight is one over the sum of exponentials of logits less the largest.
-    log_sum = weights.amax(-1).log_().neg_()
     torch.sum(tile.mul_(weights), -1, out=entropy)
-    torch.sub(log_sum, entropy, out=entropy).clamp_min_(0).masked_fill_(nothing, torch.nan)
-    return most + log_sum
 
 
-def _sink(aside: Tensor, log_mass: Tensor, sink: Tensor) -> None:
-    """Write the share of prefix keys, (..., rows), of logits (..., rows, prefix keys).
+def _sink(aside: Tensor, log_mass: Tensor) -> Tensor:
+    """(..., rows) shares of prefix keys, of logits (..., rows, prefix keys).
 
     log_mass: (..., rows), logarithm of the sum of exponentials of the other logits.
     """
     ours = aside[..., 0] if aside.shape[-1] == 1 else aside.logsumexp(-1)
-    whole = torch.logaddexp(ours, log_mass)
-    torch.exp(ours - whole, out=sink)
-    sink.masked_fill_(whole == -torch.inf, 0)
-    sink.masked_fill_(~(whole < torch.inf), torch.nan)
+    largest = torch.maximum(ours, log_mass)
+    sink = torch.sigmoid(ours - log_mass)
+    sink.masked_fill_(largest == -torch.inf, 0)
+    return sink.masked_fill_(~(largest < torch.inf), torch.nan)
 
 
 def distances(query_xy: Tensor, key_xy: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
