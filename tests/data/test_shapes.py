@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import json
 
 import numpy as np
@@ -55,6 +56,21 @@ def test_shapes_have_the_area_that_geometry_gives():
     assert np.mean(seen["circle"]) == pytest.approx(np.pi / 4, abs=0.04)
     assert min(seen["square"]) > 0.45
     assert max(seen["triangle"]) < 0.62
+
+
+@pytest.mark.parametrize("hues", [True, False])
+def test_hues_tell_classes_apart_unless_told_not_to(hues):
+    """Each class in its quarter of the circle of hues, or every class all around it."""
+    seen = {name: [] for name in CLASSES}
+    for i in range(120):
+        picture = draw(Shapes(most=1, hues=hues), "train", i)
+        for mask, label in zip(picture.masks, picture.labels, strict=True):
+            hue = colorsys.rgb_to_hsv(*(picture.image[mask].mean(axis=0) / 255))[0]
+            seen[CLASSES[label]].append((hue * len(CLASSES) - label + 2) % 4 - 2)
+    for name, away in seen.items():
+        assert len(away) > 15, name
+        assert (np.abs(away).max() < 0.5) == hues
+        assert (np.abs(away).max() > 1.5) != hues
 
 
 def test_coco_says_of_each_instance_what_its_mask_is(tmp_path):

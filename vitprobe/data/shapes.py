@@ -1,9 +1,9 @@
 """Made pictures of shapes, with a mask for each: data for detection and segmentation without any.
 
 Circles, squares, triangles and crosses of any size and direction lie on a greyish background of
-smooth noise, some behind others. A class has its outline and its range of hues, so that a small
-model learns it from some hundred pictures. Every picture is a function of (seed, part, number), so
-that two machines make the same set.
+smooth noise, some behind others. A class has its outline and, unless the set is told not to, its
+range of hues, by which a small model learns it from some hundred pictures. Every picture is a
+function of (seed, part, number), so that two machines make the same set.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ class Shapes:
 
     seed: of all pictures. train, val: how many. size: side in pixels.
     fewest, most: shapes in a picture.
+    hues: whether each class has its range of hues; otherwise every class has all, and the outline
+        alone tells one from another.
     """
 
     seed: int = 0
@@ -54,6 +56,7 @@ class Shapes:
     size: int = 64
     fewest: int = 1
     most: int = 3
+    hues: bool = True
 
     def __post_init__(self) -> None:
         if min(self.train, self.val) < 1:
@@ -111,9 +114,10 @@ def draw(shapes: Shapes, part: str, number: int) -> Picture:
         masks = [*behind, mask]
         labels.append(label)
         around = image[mask].mean(axis=0)
-        coat = _coat(rng, size, label)
+        spread = _HUES if shapes.hues else len(CLASSES) / 2
+        coat = _coat(rng, size, label, spread)
         while np.linalg.norm(coat[mask].mean(axis=0) - around) < _CONTRAST:
-            coat = _coat(rng, size, label)
+            coat = _coat(rng, size, label, spread)
         image[mask] = coat[mask]
     stacked = np.stack(masks) if masks else np.zeros((0, size, size), dtype=bool)
     image += 8 * rng.standard_normal(image.shape, dtype=np.float32)
@@ -129,9 +133,9 @@ def _background(rng: np.random.Generator, size: int) -> NDArray[np.float32]:
     return _noise(rng, size, one, other)
 
 
-def _coat(rng: np.random.Generator, size: int, label: int) -> NDArray[np.float32]:
-    """(size, size, 3) that a shape of that class is cut from."""
-    hue = (label + rng.uniform(-_HUES, _HUES)) / len(CLASSES)
+def _coat(rng: np.random.Generator, size: int, label: int, spread: float) -> NDArray[np.float32]:
+    """(size, size, 3) that a shape of that class is cut from, its hue so far from the class's."""
+    hue = (label + rng.uniform(-spread, spread)) / len(CLASSES)
     saturation, value = rng.uniform(0.5, 1), rng.uniform(0.4, 1)
     return _noise(rng, size, _rgb(hue, saturation, value), _rgb(hue, saturation, 0.7 * value))
 
