@@ -43,8 +43,7 @@ def main(settings: Settings) -> None:
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )
         for _ in range(settings.turns):
-            size = {"width": settings.width, "height": settings.height}
-            page = browser.new_page(viewport=size)  # type: ignore[arg-type]
+            page = browser.new_page(viewport={"width": settings.width, "height": settings.height})
             page.goto(path.as_uri(), wait_until="load")
             # The paint may come behind the load.
             page.wait_for_timeout(1000)
