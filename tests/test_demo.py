@@ -9,6 +9,7 @@ from vitprobe.errors import ResultError
 
 def test_the_demo_compares_what_comes_with_vitprobe(tmp_path):
     page = demo(tmp_path / "demo")
+    assert {path.suffix for path in (page.parent / "figures").iterdir()} == {".svg"}
     result = vp.open_result(page.parent / "results.nc")
     assert result.models == (*BUNDLED, "Untrained twin")
     assert result.provenance["images"]["count"] == 512

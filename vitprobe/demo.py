@@ -63,7 +63,8 @@ def demo(out: str | Path, *, train: bool = False, force: bool = False) -> Path:
     result = _trained(out, force=force) if train else _bundled()
     out.mkdir(parents=True, exist_ok=True)
     _say("writing the report: its figures take most of the time")
-    return report(result, out / "report", force=force)
+    # A first look needs the page alone; figures as PDF and PNG too would double the time.
+    return report(result, out / "report", force=force, formats=("svg",))
 
 
 def _bundled() -> Comparison:

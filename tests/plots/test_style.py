@@ -130,6 +130,17 @@ def test_shorten_keeps_both_ends():
     assert cut.endswith("sters")
 
 
+def test_formats_may_be_fewer(alike, tmp_path):
+    ax = plots.sink_mass(alike, "MAE")
+    assert plots.save(ax, tmp_path / "few", ["png", "pdf"]) == [
+        tmp_path / "few.pdf",
+        tmp_path / "few.png",
+    ]
+    assert {path.name for path in tmp_path.iterdir()} == {"few.pdf", "few.png"}
+    with pytest.raises(ResultError, match="not written as 'eps'; choose from pdf, svg and png"):
+        plots.save(ax, tmp_path / "none", ["eps"])
+
+
 def test_a_name_may_say_its_ending(alike, tmp_path):
     ax = plots.sink_mass(alike, "MAE")
     for name in ("first.v2", "second.pdf"):

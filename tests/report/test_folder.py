@@ -31,6 +31,17 @@ def test_existing_folder_is_refused_and_force_replaces_only_a_report(tmp_path):
     assert not (out / "figures" / "stale.pdf").exists()
 
 
+def test_formats_say_which_files_of_figures_there_are_and_are_linked(tmp_path):
+    page = report(small(), tmp_path / "out", formats=("png",))
+    endings = {path.suffix for path in (tmp_path / "out" / "figures").iterdir()}
+    assert endings == {".svg", ".png"}
+    links = set(re.findall(r'href="figures/[^"]+\.(\w+)"', page.read_text()))
+    assert links == {"svg", "png"}
+    with pytest.raises(ResultError, match="not written as 'eps'"):
+        report(small(), tmp_path / "other", formats=("eps",))
+    assert not (tmp_path / "other").exists()
+
+
 def test_force_never_replaces_other_folders_or_files(tmp_path):
     (tmp_path / "figures").mkdir()
     with pytest.raises(ResultError, match="no vitprobe report"):

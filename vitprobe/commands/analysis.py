@@ -112,6 +112,8 @@ class Compare(_Gathering):
     """Folders of vitprobe evaluate with scores of these models, for the report."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Also send figures and numbers by layer to these."""
+    formats: tuple[Literal["pdf", "svg", "png"], ...] = ("pdf", "svg", "png")
+    """Of the files of figures. Fewer take less time; SVG is written in any case."""
     json: bool = False
     """Print a summary for scripts, as JSON, in place of the report's path."""
     dry_run: bool = False
@@ -190,7 +192,7 @@ class Compare(_Gathering):
             return ""
         if len(scores):
             result = result.with_scores(scores)
-        page = _reported(result, self.out, self.force, self.log)
+        page = _reported(result, self.out, force=self.force, loggers=self.log, formats=self.formats)
         for note in result.notes:
             print(f"note: {note}", file=sys.stderr)
         return _as_json(result, page) if self.json else str(page)
@@ -254,6 +256,8 @@ class Report:
     """Folders of vitprobe evaluate with scores of the models, to be added to the result's."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Also send figures and numbers by layer to these."""
+    formats: tuple[Literal["pdf", "svg", "png"], ...] = ("pdf", "svg", "png")
+    """Of the files of figures. Fewer take less time; SVG is written in any case."""
     json: bool = False
     """Print a summary for scripts, as JSON, in place of the report's path."""
     force: bool = False
@@ -271,7 +275,7 @@ class Report:
         result = open_result(self.result)
         if self.scores:
             result = result.with_scores(_joined(self.scores))
-        page = report(result, self.out, force=self.force, loggers=self.log)
+        page = report(result, self.out, force=self.force, loggers=self.log, formats=self.formats)
         return _as_json(result, page) if self.json else str(page)
 
 
@@ -345,7 +349,7 @@ def _plan(models: Sequence[Subject], count: int, settings: Settings, random_refe
     return "\n".join(lines)
 
 
-def _reported(result: Comparison, out: Path, force: bool, loggers: Sequence[str]) -> Path:
+def _reported(result: Comparison, out: Path, **options: Any) -> Path:
     """The report of a result, which is on disk before a figure is drawn: hours of work are not lost
     with a report that fails."""
     from vitprobe.report import report
@@ -358,7 +362,7 @@ def _reported(result: Comparison, out: Path, force: bool, loggers: Sequence[str]
         kept = result.save(Path(tempfile.gettempdir()) / name)
         raise ResultError(f"{error}; the result is in '{kept}', for vitprobe report") from error
     try:
-        page = report(result, out, force=force, loggers=loggers)
+        page = report(result, out, **options)
     except BaseException:
         complain(f"the report failed; the result is in '{kept}', for vitprobe report")
         raise

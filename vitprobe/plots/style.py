@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,9 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.lines import Line2D
+
+from vitprobe.errors import ResultError
+from vitprobe.wording import join
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +26,9 @@ COLUMN = 3.25
 """Width of one column of a two-column paper, in inches."""
 PAGE = 6.75
 """Width of the full text block of a two-column paper, in inches."""
+
+FORMATS = ("pdf", "svg", "png")
+"""That figures are written in."""
 
 INK = "#24292f"
 MUTED = "#6e7781"
@@ -37,7 +43,7 @@ _LEAST_SPAN = 0.1
 # The line of an untrained twin.
 _TWIN: dict[str, Any] = {"linewidth": 0.9, "linestyle": (0, (3, 1.5))}
 # A creation date would make two runs on the same result differ.
-_UNDATED = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}
+_UNDATED = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 
 @contextmanager
@@ -91,16 +97,27 @@ def figure_of(drawn: Figure | Axes) -> Figure:
     return drawn.figure.figure
 
 
-def save(drawn: Figure | Axes, stem: str | Path) -> list[Path]:
+def check_formats(formats: Collection[str]) -> None:
+    """Raise ResultError for a format that figures are not written in."""
+    for kind in formats:
+        if kind not in FORMATS:
+            raise ResultError(f"figures are not written as '{kind}'; choose from {join(FORMATS)}")
+
+
+def save(drawn: Figure | Axes, stem: str | Path, formats: Collection[str] = FORMATS) -> list[Path]:
     """Write a figure as `stem`.pdf, .svg and .png, byte-identical for identical figures.
 
     `stem` may end in one of them: "cka" and "cka.pdf" name the same three files. PDF (TrueType
     fonts) and SVG (live text) have a transparent background, PNG a white one at 300 dpi.
-    Returns the three paths.
+    `formats` are those of the three to write, and their paths are returned.
+
+    Raises:
+        ResultError: another format.
     """
+    check_formats(formats)
     figure = figure_of(drawn)
     stem = Path(stem)
-    if stem.suffix in (f".{kind}" for kind in _UNDATED):
+    if stem.suffix in (f".{kind}" for kind in FORMATS):
         stem = stem.with_suffix("")
     paths = []
     # Without an engine set or by default, `None` means that the layout stays: done once, the three
@@ -109,9 +126,9 @@ def save(drawn: Figure | Axes, stem: str | Path) -> list[Path]:
         figure.draw_without_rendering()
         engine = figure.get_layout_engine()
         figure.set_layout_engine(None)
-        for kind, metadata in _UNDATED.items():
+        for kind in (kind for kind in FORMATS if kind in formats):
             path = Path(f"{stem}.{kind}")
-            figure.savefig(path, metadata=metadata, transparent=kind != "png")
+            figure.savefig(path, metadata=_UNDATED.get(kind), transparent=kind != "png")
             paths.append(path)
         figure.set_layout_engine(engine)
     return paths

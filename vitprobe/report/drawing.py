@@ -1,4 +1,4 @@
-"""The figures of a report drawn: saved as PDF, SVG and PNG, and made fit for a page.
+"""The figures of a report drawn: saved in files, and made fit for a page.
 
 Many figures are drawn by several processes at once. Helpers get the result through a file, plan the
 same list of figures, and draw every n-th of it; the figures do not depend on who drew them.
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 
 from vitprobe import plots
 from vitprobe.measures.registry import is_ours
-from vitprobe.plots.style import figure_of
+from vitprobe.plots.style import FORMATS, figure_of
 from vitprobe.report.figures import plan
 from vitprobe.report.svg import inline
 
@@ -48,15 +48,23 @@ class _Drawn:
     images: dict[str, Markup]
 
 
+_Task = tuple["Comparison", "Lists", Path, Collection[str]]
+"""What helpers need to know."""
 _Share = dict[int, _Drawn | None]
 """What was drawn, by its place in the list; None for a figure that the page does not show."""
 
 
 def draw(
-    result: Comparison, folder: Path, lists: Lists, *, processes: int | None = None
+    result: Comparison,
+    folder: Path,
+    lists: Lists,
+    *,
+    formats: Collection[str] = FORMATS,
+    processes: int | None = None,
 ) -> Pictures:
     """Draw and save everything in the new folder `folder`.
 
+    formats: of the files; the page needs SVG, which is written in any case.
     processes: as many as there are processors, but few, and one for few figures, unless given.
     """
     folder.mkdir()
@@ -67,14 +75,14 @@ def draw(
     if not all(map(is_ours, result.measures)):
         processes = 1
     with _once(), tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        helpers = _Helpers(Path(temporary), processes - 1, (result, lists, folder))
+        helpers = _Helpers(Path(temporary), processes - 1, (result, lists, folder, formats))
         try:
-            drawn = _draw(jobs, range(0, len(jobs), processes), folder)
+            drawn = _draw(jobs, range(0, len(jobs), processes), folder, formats)
             drawn |= helpers.brought()
         finally:
             helpers.stop()
         # A helper that died, for want of memory say, must cost nothing but time.
-        drawn |= _draw(jobs, [i for i in range(len(jobs)) if i not in drawn], folder)
+        drawn |= _draw(jobs, [i for i in range(len(jobs)) if i not in drawn], folder, formats)
     for index, job in enumerate(jobs):
         found = drawn[index]
         if job.picture is not None and found is not None:
@@ -93,15 +101,15 @@ def _once() -> Iterator[None]:
         warnings.warn(message, category, stacklevel=4)
 
 
-def _draw(jobs: list[Job], places: Iterable[int], folder: Path) -> _Share:
-    return {index: _drawn(jobs[index], index, folder) for index in places}
+def _draw(jobs: list[Job], places: Iterable[int], folder: Path, formats: Collection[str]) -> _Share:
+    return {index: _drawn(jobs[index], index, folder, formats) for index in places}
 
 
-def _drawn(job: Job, index: int, folder: Path) -> _Drawn | None:
+def _drawn(job: Job, index: int, folder: Path, formats: Collection[str]) -> _Drawn | None:
     drawn = job.plot()
     figure = figure_of(drawn)
     try:
-        plots.save(drawn, folder / job.name)
+        plots.save(drawn, folder / job.name, {"svg", *formats})
         if job.picture is None:
             return None
         numbers = tuple(job.numbers_of(drawn)) if job.numbers_of else ()
@@ -121,7 +129,7 @@ class _Helpers:
     `multiprocessing`, which would run the main module of a script once more.
     """
 
-    def __init__(self, folder: Path, count: int, task: tuple[Comparison, Lists, Path]) -> None:
+    def __init__(self, folder: Path, count: int, task: _Task) -> None:
         self._running: list[tuple[subprocess.Popen[bytes], Path]] = []
         if not count:
             return
@@ -162,12 +170,12 @@ def help_out() -> None:
     """Draw a share: the program of a helper."""
     given, brought, first, step = sys.argv[1:]
     with Path(given).open("rb") as file:
-        result, lists, folder, settings = pickle.load(file)
+        result, lists, folder, formats, settings = pickle.load(file)
     settings.pop("backend")
     with warnings.catch_warnings(record=True) as warned:
         mpl.rcParams.update(settings)
         _, jobs = plan(result, lists)
-        drawn = _draw(jobs, range(int(first), len(jobs), int(step)), folder)
+        drawn = _draw(jobs, range(int(first), len(jobs), int(step)), folder, formats)
     told = [(str(warning.message), warning.category) for warning in warned]
     with Path(brought).open("wb") as file:
         pickle.dump((drawn, told), file)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitprobe.errors import ResultError
 from vitprobe.loggers import check_loggers
+from vitprobe.plots.style import FORMATS, check_formats
 from vitprobe.report.drawing import draw
 from vitprobe.report.lists import lists_of
 from vitprobe.report.logged import send
@@ -24,7 +25,12 @@ _OWN = ("figures", "tables", "results.nc", "report.html")
 
 
 def report(
-    result: Comparison, out: str | Path, *, force: bool = False, loggers: Sequence[str] = ()
+    result: Comparison,
+    out: str | Path,
+    *,
+    force: bool = False,
+    loggers: Sequence[str] = (),
+    formats: Sequence[str] = FORMATS,
 ) -> Path:
     """Write a report of `result` into the new folder `out`, all of it or nothing.
 
@@ -36,16 +42,20 @@ def report(
             files but no report is refused all the same.
         loggers: also send figures and numbers by layer to these: "tensorboard" (event files in
             out/tensorboard), "wandb".
+        formats: of the files of figures: fewer take less time. SVG is written in any case, since
+            the page holds it, and PNG for loggers.
 
     Returns:
         The path of report.html.
 
     Raises:
-        ResultError: `out` exists (without `force`), is something else, or cannot be written.
+        ResultError: `out` exists (without `force`), is something else, or cannot be written; a
+            format other than "pdf", "svg" and "png".
         LoggerError: an unknown logger, one that is not installed, or cannot be opened.
     """
     out = Path(out)
     check_loggers(loggers)
+    check_formats(formats)
     check_folder(out, force=force)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +63,7 @@ def report(
         try:
             # mkdtemp makes a folder for its owner alone; a report is an ordinary one.
             part.chmod(0o755)
-            _write(result, part)
+            _write(result, part, {"svg", *formats, *(["png"] if loggers else [])})
             _move(part, out)
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -89,9 +99,9 @@ def _check(out: Path, force: bool) -> None:
         raise ResultError(f"'{out}' holds files but no vitprobe report; choose another folder")
 
 
-def _write(result: Comparison, folder: Path) -> None:
+def _write(result: Comparison, folder: Path, formats: Collection[str]) -> None:
     lists = lists_of(result)
-    pictures = draw(result, folder / "figures", lists)
+    pictures = draw(result, folder / "figures", lists, formats=formats)
     tables = folder / "tables"
     tables.mkdir()
     for name in [*result.measures, *(["first_direction_share"] if pictures.shares else [])]:
@@ -99,7 +109,7 @@ def _write(result: Comparison, folder: Path) -> None:
     for name, table in lists.tables().items():
         table.to_csv(tables / f"{name}.csv", index=False)
     result.save(folder / "results.nc")
-    page = render(result, pictures, lists)
+    page = render(result, pictures, lists, [kind for kind in FORMATS if kind in formats])
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 

@@ -13,6 +13,7 @@ from vitprobe.measures.registry import MEASURES
 from vitprobe.plots.accuracy_panels import by_protocol
 from vitprobe.plots.differences import UNDECIDED, rows_of
 from vitprobe.plots.style import (
+    FORMATS,
     attention_noun,
     has_prefix,
     kind_of,
@@ -36,6 +37,8 @@ from vitprobe.report.words import (
 from vitprobe.wording import join
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pandas as pd
 
     from vitprobe.measures.base import Info
@@ -58,8 +61,10 @@ GENERATOR = '<meta name="generator" content="vitprobe">'
 """By this line an earlier report is known."""
 
 
-def render(result: Comparison, pictures: Pictures, lists: Lists) -> str:
-    """The whole page as HTML text."""
+def render(
+    result: Comparison, pictures: Pictures, lists: Lists, formats: Sequence[str] = FORMATS
+) -> str:
+    """The whole page as HTML text. formats: of the files of figures that it links."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -78,6 +83,7 @@ def render(result: Comparison, pictures: Pictures, lists: Lists) -> str:
     several = "the attention measures in px or nats"
     return environment.get_template("template.html").render(
         generator=Markup(GENERATOR),
+        formats=formats,
         css=Markup((_HERE / "style.css").read_text(encoding="utf-8")),
         script=Markup((_HERE / "script.js").read_text(encoding="utf-8")),
         title=_title(tuple(dict.fromkeys(kind_of(result, name) for name in names))),
