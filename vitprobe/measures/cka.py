@@ -66,6 +66,9 @@ PERMUTATIONS = 50
 FLOOR_RANK = math.ceil(0.95 * (2 * PERMUTATIONS + 1))
 """The floor is the 96th smallest of 100 permuted values: a layer independent of the other exceeds
 it with probability 5/101. The 95th would let 6/101 pass."""
+_TOGETHER = 256
+"""Columns, of layers and permutations, that a product has about: few make it slow, many take
+memory."""
 
 
 def check_estimator(estimator: str) -> None:
@@ -296,17 +299,21 @@ class CKA(Measure):
         entries = unit.flatten(1).T.contiguous()
         i, j = torch.triu_indices(n, n, device=entries.device)
         half = entries.index_select(0, i * n + j) * torch.where(i == j, 1.0, 2.0)[:, None]
+        layers = entries.shape[1]
         generator = torch.Generator().manual_seed(first_image)
+        orders = [torch.randperm(n, generator=generator) for _ in range(PERMUTATIONS)]
+        parts = torch.stack(orders, dim=1).to(entries.device).split(max(1, _TOGETHER // layers), 1)
+        room = entries.new_empty(len(i) * parts[0].shape[1] * layers)
+        found = []
         # Under a caller's autocast the product would fall to half precision.
         with torch.autocast(entries.device.type, enabled=False):
-            found = torch.stack(
-                [
-                    half.T @ entries.index_select(0, order[i] * n + order[j])
-                    for _ in range(PERMUTATIONS)
-                    for order in [torch.randperm(n, generator=generator).to(entries.device)]
-                ]
-            )
-        self.permuted += (found.double() * norms[:, None] * norms[None, :]).cpu()
+            for order in parts:
+                moved = order.index_select(0, i) * n + order.index_select(0, j)
+                permuted = room[: moved.numel() * layers].view(moved.numel(), layers)
+                torch.index_select(entries, 0, moved.flatten(), out=permuted)
+                products = half.T @ permuted.view(len(i), -1)
+                found.append(products.unflatten(1, (-1, layers)).transpose(0, 1))
+        self.permuted += (torch.cat(found).double() * norms[:, None] * norms[None, :]).cpu()
 
     def merge(self, other: Self) -> None:
         """Add the sums of another instance over other images and the same layers.
