@@ -1,7 +1,7 @@
 """The figures of a report drawn: saved in files, and made fit for a page.
 
 Many figures are drawn by several processes at once. Helpers get the result through a file, plan the
-same list of figures, and draw every n-th of it; the figures do not depend on who drew them.
+same list of figures, and draw what nobody has begun; the figures do not depend on who drew them.
 """
 
 from __future__ import annotations
@@ -75,9 +75,10 @@ def draw(
     if not all(map(is_ours, result.measures)):
         processes = 1
     with _once(), tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        helpers = _Helpers(Path(temporary), processes - 1, (result, lists, folder, formats))
+        begun = Path(temporary)
+        helpers = _Helpers(begun, processes - 1, (result, lists, folder, formats))
         try:
-            drawn = _draw(jobs, range(0, len(jobs), processes), folder, formats)
+            drawn = _draw(jobs, _unbegun(len(jobs), begun), folder, formats)
             drawn |= helpers.brought()
         finally:
             helpers.stop()
@@ -99,6 +100,17 @@ def _once() -> Iterator[None]:
         yield
     for message, category in dict.fromkeys((str(one.message), one.category) for one in told):
         warnings.warn(message, category, stacklevel=4)
+
+
+def _unbegun(count: int, begun: Path) -> Iterator[int]:
+    """Places of the list that no other process has begun, one by one; each marks its own by a file
+    in the folder `begun`."""
+    for index in range(count):
+        try:
+            (begun / str(index)).touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        yield index
 
 
 def _draw(jobs: list[Job], places: Iterable[int], folder: Path, formats: Collection[str]) -> _Share:
@@ -137,10 +149,10 @@ class _Helpers:
         with given.open("wb") as file:
             pickle.dump((*task, dict(mpl.rcParams)), file)
         environment = {**os.environ, "MPLBACKEND": "agg", "PYTHONPATH": os.pathsep.join(sys.path)}
-        for first in range(1, count + 1):
-            brought = folder / f"drawn{first}"
+        for number in range(count):
+            brought = folder / f"drawn{number}"
             command = [sys.executable, "-P", "-c", f"from {__name__} import help_out; help_out()"]
-            command += [str(given), str(brought), str(first), str(count + 1)]
+            command += [str(given), str(brought)]
             # Where no process can be started, this one draws everything.
             with suppress(OSError):
                 process = subprocess.Popen(
@@ -168,16 +180,16 @@ class _Helpers:
 
 def help_out() -> None:
     """Draw a share: the program of a helper."""
-    given, brought, first, step = sys.argv[1:]
-    with Path(given).open("rb") as file:
+    given, brought = map(Path, sys.argv[1:])
+    with given.open("rb") as file:
         result, lists, folder, formats, settings = pickle.load(file)
     settings.pop("backend")
     with warnings.catch_warnings(record=True) as warned:
         mpl.rcParams.update(settings)
         _, jobs = plan(result, lists)
-        drawn = _draw(jobs, range(int(first), len(jobs), int(step)), folder, formats)
+        drawn = _draw(jobs, _unbegun(len(jobs), given.parent), folder, formats)
     told = [(str(warning.message), warning.category) for warning in warned]
-    with Path(brought).open("wb") as file:
+    with brought.open("wb") as file:
         pickle.dump((drawn, told), file)
 
 
