@@ -572,3 +572,11 @@ def test_all_reference_pairs(shared):
             }
             checked += assert_reference(x, y, ours, key)
     assert checked == 135
+
+
+def test_features_that_require_gradients_are_taken():
+    x = torch.randn(2, 16, 8)
+    with_gradients, without = CKA(2), CKA(2)
+    with_gradients.update(list(x.clone().requires_grad_()))
+    without.update(list(x))
+    assert torch.equal(with_gradients.permuted, without.permuted)

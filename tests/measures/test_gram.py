@@ -56,14 +56,13 @@ def test_a_large_mean_costs_no_digits():
     assert (naive.double() - direct(x)).abs().max() > 30 * error(x) * direct(x).abs().max()
 
 
-def test_images_far_from_all_others_cost_no_digits_wherever_they_are():
-    # The worst for a mean of a few images is that these few are unlike all others.
-    for n, every in ((128, 16), (40, 5), (9, 1)):
-        x = torch.randn(n, 30, 20)
-        x[::every] += 1000 * torch.randn(30, 20)
-        assert error(x) < 3e-6
-        x[0] += 1e5
-        assert error(x) < 3e-6
+def test_an_image_far_from_all_others_hardly_blurs_them_wherever_it_is():
+    x = torch.randn(128, 30, 20)
+    x[0] += 300 * torch.randn(30, 20)
+    expected = direct(x)[1:, 1:]
+    # With this image alone taken off in place of a mean, the error would be some 60 times as large.
+    blur = (centered_gram(x)[1:, 1:] - expected).abs().max() / expected.abs().max()
+    assert blur < 3e-4
 
 
 def test_what_is_alike_in_all_images_has_no_gram():
@@ -71,14 +70,16 @@ def test_what_is_alike_in_all_images_has_no_gram():
     assert not centered_gram(one.expand(20, 7, 5)).any()
     # Rounding, as of images that went through a model in different batches, is no spread.
     assert not centered_gram(one * (1 + 1e-7 * torch.randn(20, 1, 1))).any()
-    assert centered_gram(one * (1 + 1e-4 * torch.randn(20, 1, 1))).any()
+    # The least spread that is one.
+    assert centered_gram(one * (1 + 4e-6 * torch.randn(20, 1, 1))).any()
     assert not centered_gram(torch.zeros(20, 3)).any()
     assert not centered_gram(torch.randn(1, 3)).any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64, torch.bool])
 def test_narrow_features_are_multiplied_in_single_precision(dtype):
-    x = (100 + 10 * torch.randn(32, 12, 8)).to(dtype)
+    x = torch.randn(32, 12, 8)
+    x = x > 0 if dtype == torch.bool else (100 + 10 * x).to(dtype)
     assert centered_gram(x).dtype == torch.float32
     assert error(x) < 3e-6
 

@@ -139,6 +139,8 @@ def test_formats_may_be_fewer(alike, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"few.pdf", "few.png"}
     with pytest.raises(ResultError, match="not written as 'eps'; choose from pdf, svg and png"):
         plots.save(ax, tmp_path / "none", ["eps"])
+    with pytest.raises(ResultError, match=r"\['png'\] and not 'png'"):
+        plots.save(ax, tmp_path / "none", "png")
 
 
 def test_a_name_may_say_its_ending(alike, tmp_path):

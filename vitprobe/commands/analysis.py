@@ -113,7 +113,7 @@ class Compare(_Gathering):
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Also send figures and numbers by layer to these."""
     formats: tuple[Literal["pdf", "svg", "png"], ...] = ("pdf", "svg", "png")
-    """Of the files of figures. Fewer take less time; SVG is written in any case."""
+    """Of the files of figures. Fewer take less time; SVG is always written, PNG for --log."""
     json: bool = False
     """Print a summary for scripts, as JSON, in place of the report's path."""
     dry_run: bool = False
@@ -257,7 +257,7 @@ class Report:
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Also send figures and numbers by layer to these."""
     formats: tuple[Literal["pdf", "svg", "png"], ...] = ("pdf", "svg", "png")
-    """Of the files of figures. Fewer take less time; SVG is written in any case."""
+    """Of the files of figures. Fewer take less time; SVG is always written, PNG for --log."""
     json: bool = False
     """Print a summary for scripts, as JSON, in place of the report's path."""
     force: bool = False

@@ -296,13 +296,14 @@ class CKA(Measure):
         # Of unit norm, Grams of any scale fit single precision, which is ample for a null.
         unit = (centered / torch.where(norms > 0, norms, 1)[:, None, None]).float()
         # Rows hold one entry of all layers, so that a permutation moves rows.
-        entries = unit.flatten(1).T.contiguous()
+        entries = unit.detach().flatten(1).T.contiguous()
         i, j = torch.triu_indices(n, n, device=entries.device)
         half = entries.index_select(0, i * n + j) * torch.where(i == j, 1.0, 2.0)[:, None]
         layers = entries.shape[1]
         generator = torch.Generator().manual_seed(first_image)
         orders = [torch.randperm(n, generator=generator) for _ in range(PERMUTATIONS)]
-        parts = torch.stack(orders, dim=1).to(entries.device).split(max(1, _TOGETHER // layers), 1)
+        together = max(1, _TOGETHER // max(1, layers))
+        parts = torch.stack(orders, dim=1).to(entries.device).split(together, dim=1)
         room = entries.new_empty(len(i) * parts[0].shape[1] * layers)
         found = []
         # Under a caller's autocast the product would fall to half precision.

@@ -12,7 +12,7 @@ from torch import Tensor
 from vitprobe.errors import MeasureError
 
 _TILE: Final = 1 << 22
-"""Features that are centred and multiplied at a time on a CPU, so that they stay in its cache."""
+"""Features that are centred and multiplied at a time on a CPU: more take memory, fewer time."""
 _STRIPES: Final = 2
 """Parts of a Gram's lower triangle, which is all that is multiplied there."""
 _REFERENCES: Final = 8
@@ -26,7 +26,8 @@ def centered_gram(features: Tensor) -> Tensor:
     features with mean 100 and deviation 1 has lost the deviation's digits. What is taken off first
     is the mean of a few of the n images, m of them, which spares a pass over all features; the
     Gram is then centred exactly. By Cauchy and Schwarz that mean lies within sqrt(n / m) standard
-    deviations of the whole one, whatever the images, so that no digits to speak of are lost.
+    deviations of the whole one, whatever the images, so that rounding grows by 1 + n / m at most,
+    and that only where these few are all the outliers there are.
 
     Features whose spread over the images is below the rounding of the mean they share (such as the
     class token before the first block) are constant: their Gram is exactly zero.
@@ -51,7 +52,7 @@ def centered_gram(features: Tensor) -> Tensor:
     # Under a caller's autocast the product alone would fall to half precision.
     with torch.autocast(features.device.type, enabled=False):
         for part, shared in zip(tokens.split(step, dim=1), reference.split(step), strict=True):
-            x = (part - shared).flatten(1)
+            x = (part.to(dtype) - shared).flatten(1)
             for first, last in pairwise(bounds):
                 gram[first:last, :last].addmm_(x[first:last], x[:last].T)
     gram = gram.tril() + gram.tril(-1).T

@@ -99,6 +99,8 @@ def figure_of(drawn: Figure | Axes) -> Figure:
 
 def check_formats(formats: Collection[str]) -> None:
     """Raise ResultError for a format that figures are not written in."""
+    if isinstance(formats, str):
+        raise ResultError(f"formats are a list: ['{formats}'] and not '{formats}'")
     for kind in formats:
         if kind not in FORMATS:
             raise ResultError(f"figures are not written as '{kind}'; choose from {join(FORMATS)}")
@@ -109,7 +111,8 @@ def save(drawn: Figure | Axes, stem: str | Path, formats: Collection[str] = FORM
 
     `stem` may end in one of them: "cka" and "cka.pdf" name the same three files. PDF (TrueType
     fonts) and SVG (live text) have a transparent background, PNG a white one at 300 dpi.
-    `formats` are those of the three to write, and their paths are returned.
+    `formats`, a list, are those of the three to write, whatever `stem` ends in; their paths are
+    returned.
 
     Raises:
         ResultError: another format.

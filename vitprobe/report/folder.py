@@ -37,7 +37,7 @@ def report(
     Args:
         result: a Comparison.
         out: folder to make. It will hold report.html (opens offline, loads nothing from a network),
-            figures/*.pdf|svg|png, tables/*.csv and results.nc.
+            figures (figures/*.pdf|svg|png, see `formats`), tables/*.csv and results.nc.
         force: replace an earlier report in `out`. Other files there are left alone; a folder with
             files but no report is refused all the same.
         loggers: also send figures and numbers by layer to these: "tensorboard" (event files in
