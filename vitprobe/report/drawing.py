@@ -64,7 +64,7 @@ def draw(
 ) -> Pictures:
     """Draw and save everything in the new folder `folder`.
 
-    formats: of the files; the page needs SVG, which is written in any case.
+    formats: of the files, SVG among them, which the page holds.
     processes: as many as there are processors, but few, and one for few figures, unless given.
     """
     folder.mkdir()
@@ -121,7 +121,7 @@ def _drawn(job: Job, index: int, folder: Path, formats: Collection[str]) -> _Dra
     drawn = job.plot()
     figure = figure_of(drawn)
     try:
-        plots.save(drawn, folder / job.name, {"svg", *formats})
+        plots.save(drawn, folder / job.name, formats)
         if job.picture is None:
             return None
         numbers = tuple(job.numbers_of(drawn)) if job.numbers_of else ()
