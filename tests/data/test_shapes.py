@@ -58,19 +58,57 @@ def test_shapes_have_the_area_that_geometry_gives():
     assert max(seen["triangle"]) < 0.62
 
 
-@pytest.mark.parametrize("hues", [True, False])
-def test_hues_tell_classes_apart_unless_told_not_to(hues):
+@pytest.mark.parametrize("cue", ["hue", "texture", "none"])
+def test_hues_tell_classes_apart_where_they_are_the_cue(cue):
     """Each class in its quarter of the circle of hues, or every class all around it."""
     seen = {name: [] for name in CLASSES}
     for i in range(120):
-        picture = draw(Shapes(most=1, hues=hues), "train", i)
+        picture = draw(Shapes(most=1, cue=cue), "train", i)
         for mask, label in zip(picture.masks, picture.labels, strict=True):
             hue = colorsys.rgb_to_hsv(*(picture.image[mask].mean(axis=0) / 255))[0]
             seen[CLASSES[label]].append((hue * len(CLASSES) - label + 2) % 4 - 2)
     for name, away in seen.items():
         assert len(away) > 15, name
-        assert (np.abs(away).max() < 0.5) == hues
-        assert (np.abs(away).max() > 1.5) != hues
+        assert (np.abs(away).max() < 0.5) == (cue == "hue")
+        assert (np.abs(away).max() > 1.5) != (cue == "hue")
+
+
+def strongest(image, mask):
+    """Frequency (cycles a pixel) of a shape's strongest wave, the power a quarter turn from it
+    relative to its own, and its own relative to all."""
+    grey = image.mean(axis=2)
+    inside = np.where(mask, grey - grey[mask].mean(), 0)
+    power = np.abs(np.fft.fft2(inside, (256, 256))) ** 2
+    frequencies = np.fft.fftfreq(256)
+    radius = np.hypot(frequencies[:, None], frequencies)
+    power[radius < 0.1] = 0  # of the outline
+    row, column = np.unravel_index(power.argmax(), power.shape)
+    near = np.arange(-9, 10)
+    turned = power[np.ix_((near - column) % 256, (near + row) % 256)]
+    return radius[row, column], turned.max() / power.max(), power.max() / power.mean()
+
+
+def test_textures_are_of_their_class_in_any_direction():
+    """Fine stripes and coarse ones have one wave, checks two at right angles, grain none."""
+    seen = {name: [] for name in CLASSES}
+    for i in range(120):
+        picture = draw(Shapes(most=1, cue="texture"), "train", i)
+        for mask, label in zip(picture.masks, picture.labels, strict=True):
+            seen[CLASSES[label]].append(strongest(picture.image, mask))
+    frequency, across, sharp = (
+        {name: np.array(found)[:, i] for name, found in seen.items()} for i in range(3)
+    )
+    # Cycles a pixel: one in 3 to 3.6 pixels, and one in 5.5 to 7.
+    assert frequency["circle"] == pytest.approx(0.305, abs=0.05)
+    assert frequency["square"] == pytest.approx(0.16, abs=0.05)
+    assert max(across["circle"].max(), across["square"].max()) < 0.3 < across["triangle"].min()
+    waves = min(sharp[name].min() for name in ("circle", "square", "triangle"))
+    assert 2 * sharp["cross"].max() < waves
+
+
+def test_a_cue_there_is_not_is_refused():
+    with pytest.raises(DataError, match="no cue 'outline'; choose one of hue, texture, none"):
+        Shapes(cue="outline")
 
 
 def test_coco_says_of_each_instance_what_its_mask_is(tmp_path):

@@ -96,15 +96,13 @@ class MakeShapes:
     """Pictures to test on."""
     size: int = 64
     """Side of a picture in pixels."""
-    hues: bool = True
-    """Whether a class has its range of hues; else its outline alone tells it from the others."""
+    cue: Literal["hue", "texture", "none"] = "hue"
+    """What tells a class from the others besides its outline."""
 
     def run(self) -> str:
         check_output(self.out, False)
 
         from vitprobe.data.shapes import Shapes, write_shapes
 
-        made = Shapes(
-            seed=self.seed, train=self.train, val=self.val, size=self.size, hues=self.hues
-        )
+        made = Shapes(seed=self.seed, train=self.train, val=self.val, size=self.size, cue=self.cue)
         return str(write_shapes(self.out, made))

@@ -1,9 +1,9 @@
 """Made pictures of shapes, with a mask for each: data for detection and segmentation without any.
 
 Circles, squares, triangles and crosses of any size and direction lie on a greyish background of
-smooth noise, some behind others. A class has its outline and, unless the set is told not to, its
-range of hues, by which a small model learns it from some hundred pictures. Every picture is a
-function of (seed, part, number), so that two machines make the same set.
+smooth noise, some behind others. A class has its outline and, as the set is told, its range of
+hues, by which a small model learns it from some hundred pictures, its texture, or nothing else.
+Every picture is a function of (seed, part, number), so that two machines make the same set.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ from vitprobe.errors import DataError, ResultError
 
 CLASSES: Final = ("circle", "square", "triangle", "cross")
 _PARTS: Final = ("train", "val")
+Cue = Literal["hue", "texture", "none"]
 _FINE: Final = 4
 """Masks are drawn this much finer than they are kept, so that edges fall where they should."""
 _SEEN: Final = 0.5
@@ -46,8 +47,9 @@ class Shapes:
 
     seed: of all pictures. train, val: how many. size: side in pixels.
     fewest, most: shapes in a picture.
-    hues: whether each class has its range of hues; otherwise every class has all, and the outline
-        alone tells one from another.
+    cue: what a class has besides its outline: its range of hues ("hue"); its texture ("texture":
+        fine stripes, coarse ones, checks or grain, in any place and direction), with every class in
+        all hues; or nothing ("none"), with all hues too.
     """
 
     seed: int = 0
@@ -56,7 +58,7 @@ class Shapes:
     size: int = 64
     fewest: int = 1
     most: int = 3
-    hues: bool = True
+    cue: Cue = "hue"
 
     def __post_init__(self) -> None:
         if min(self.train, self.val) < 1:
@@ -67,6 +69,8 @@ class Shapes:
             raise DataError(f"shapes need pictures of at least 32 pixels, not {self.size}")
         if not 0 <= self.fewest <= self.most:
             raise DataError(f"from {self.fewest} to {self.most} shapes is no range")
+        if self.cue not in get_args(Cue):
+            raise DataError(f"no cue '{self.cue}'; choose one of {', '.join(get_args(Cue))}")
 
 
 def shapes_of(source: str) -> Shapes | None:
@@ -114,10 +118,9 @@ def draw(shapes: Shapes, part: str, number: int) -> Picture:
         masks = [*behind, mask]
         labels.append(label)
         around = image[mask].mean(axis=0)
-        spread = _HUES if shapes.hues else len(CLASSES) / 2
-        coat = _coat(rng, size, label, spread)
+        coat = _coat(rng, size, label, shapes.cue)
         while np.linalg.norm(coat[mask].mean(axis=0) - around) < _CONTRAST:
-            coat = _coat(rng, size, label, spread)
+            coat = _coat(rng, size, label, shapes.cue)
         image[mask] = coat[mask]
     stacked = np.stack(masks) if masks else np.zeros((0, size, size), dtype=bool)
     image += 8 * rng.standard_normal(image.shape, dtype=np.float32)
@@ -130,23 +133,54 @@ def _background(rng: np.random.Generator, size: int) -> NDArray[np.float32]:
     one, other = (
         _rgb(rng.uniform(), rng.uniform(0, 0.3), rng.uniform(0.15, 0.85)) for _ in range(2)
     )
-    return _noise(rng, size, one, other)
+    return _mixed(_smooth(rng, size), one, other)
 
 
-def _coat(rng: np.random.Generator, size: int, label: int, spread: float) -> NDArray[np.float32]:
-    """(size, size, 3) that a shape of that class is cut from, its hue so far from the class's."""
+def _coat(rng: np.random.Generator, size: int, label: int, cue: Cue) -> NDArray[np.float32]:
+    """(size, size, 3) that a shape of that class is cut from: two shades of a hue."""
+    spread = _HUES if cue == "hue" else len(CLASSES) / 2
     hue = (label + rng.uniform(-spread, spread)) / len(CLASSES)
     saturation, value = rng.uniform(0.5, 1), rng.uniform(0.4, 1)
-    return _noise(rng, size, _rgb(hue, saturation, value), _rgb(hue, saturation, 0.7 * value))
+    textured = cue == "texture"
+    share = _texture(rng, size, label) if textured else _smooth(rng, size)
+    darker = (0.3 if textured else 0.7) * value
+    return _mixed(share, _rgb(hue, saturation, value), _rgb(hue, saturation, darker))
 
 
-def _noise(
-    rng: np.random.Generator, size: int, one: NDArray[Any], other: NDArray[Any]
-) -> NDArray[np.float32]:
-    coarse = Image.fromarray(rng.uniform(0, 1, (5, 5)).astype(np.float32))
-    share = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))[..., None]
+def _mixed(share: NDArray[Any], one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float32]:
+    share = share[..., None]
     mixed: NDArray[np.float32] = (share * one + (1 - share) * other).astype(np.float32)
     return mixed
+
+
+def _smooth(rng: np.random.Generator, size: int) -> NDArray[Any]:
+    """(size, size) of noise, in [0, 1] but for what interpolation adds."""
+    coarse = Image.fromarray(rng.uniform(0, 1, (5, 5)).astype(np.float32))
+    return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def _texture(rng: np.random.Generator, size: int, label: int) -> NDArray[Any]:
+    """(size, size) in [0, 1]: that class's texture, its phase and direction drawn anew."""
+    down, across = np.mgrid[:size, :size]
+    turn = rng.uniform(0, math.tau)
+
+    def stripes(shortest: float, longest: float, turn: float) -> NDArray[Any]:
+        place = across * math.cos(turn) + down * math.sin(turn)
+        waves: NDArray[Any] = np.sin(
+            math.tau * place / rng.uniform(shortest, longest) + rng.uniform(0, math.tau)
+        )
+        return waves
+
+    match CLASSES[label]:
+        case "circle":
+            wave = stripes(3, 3.6, turn)
+        case "square":
+            wave = stripes(5.5, 7, turn)
+        case "triangle":
+            wave = 1.4 * stripes(4, 5.5, turn) * stripes(4, 5.5, turn + math.tau / 4)
+        case _:
+            wave = rng.standard_normal((size, size))
+    return (1 + wave.clip(-1, 1)) / 2
 
 
 def _rgb(hue: float, saturation: float, value: float) -> NDArray[Any]:
