@@ -4,23 +4,13 @@ import itertools
 
 import pytest
 import torch
+from cka_for_tests import layers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitprobe.errors import MeasureError
 from vitprobe.measures.cka import cka
 from vitprobe.measures.exact_cka import ExactCKA
-
-
-def layers(n=70, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    base = torch.randn(n, 9, generator=generator, dtype=torch.float64)
-    widths = (6, 11, 4)
-    return [
-        base @ torch.randn(9, w, generator=generator, dtype=torch.float64)
-        + torch.randn(n, w, generator=generator, dtype=torch.float64)
-        for w in widths
-    ]
 
 
 def split_in(whole, make, order, seed):
