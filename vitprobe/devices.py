@@ -70,6 +70,28 @@ def halved(size: int, model: str, device: torch.device, reason: str) -> int:
     return size // 2
 
 
+def slow_bf16(device: torch.device) -> str | None:
+    """Why bf16 is no use on a device that computes it number by number; None where it is of use."""
+    # Undocumented; by it torch's own compiler decides the same. Without oneDNN nobody knows.
+    known = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    if device.type != "cpu" or known is None or known():
+        return None
+    return (
+        "this CPU has no instructions for bf16, in which it is several times slower than in fp32; "
+        "use precision fp32"
+    )
+
+
+@contextmanager
+def computing(device: torch.device, precision: str) -> Iterator[None]:
+    """Products that are exact, or under bf16 autocast; warns where that is slow."""
+    bf16 = precision == "bf16"
+    if bf16 and (reason := slow_bf16(device)):
+        warnings.warn(reason, stacklevel=2)
+    with exact_products(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+        yield
+
+
 @contextmanager
 def exact_products() -> Iterator[None]:
     """Single precision that is not rounded to TF32 or bf16; torch's settings restored afterwards.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vitprobe.capture import Recorder
 from vitprobe.data.blocks import Block, View
-from vitprobe.devices import exact_products, halved, placed
+from vitprobe.devices import computing, halved, placed
 from vitprobe.errors import MeasureError, NoRoomError, VitprobeError, is_out_of_memory
 from vitprobe.model_block import ModelBlock, Wanted
 from vitprobe.models import Model
@@ -22,9 +22,7 @@ from vitprobe.settings import Settings
 def running(models: Iterable[Model], settings: Settings, device: torch.device) -> Iterator[None]:
     """Models on their device, in the precision asked for; all is as it was afterwards."""
     with ExitStack() as stack:
-        stack.enter_context(exact_products())
-        bf16 = settings.precision == "bf16"
-        stack.enter_context(torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16))
+        stack.enter_context(computing(device, settings.precision))
         for model in models:
             stack.enter_context(placed(model.module, device))
         yield

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 import tyro
 
 from vitprobe.data.labelled import Arrays, load_labelled
+from vitprobe.devices import slow_bf16
 from vitprobe.errors import DataError, RecipeError, VitprobeError
 
 HERE = Path(__file__).parent
@@ -79,12 +81,19 @@ class Schedule:
 
     @classmethod
     def read(cls, name: str) -> Schedule:
-        """Raises RecipeError where there is no such schedule."""
+        """In fp32 where the schedule's bf16 would be slower; every run says which it was.
+
+        Raises RecipeError where there is no such schedule.
+        """
         tables = tomllib.loads((HERE / "schedules.toml").read_text(encoding="utf-8"))
         if name not in tables:
             raise RecipeError(f"no schedule '{name}'; choose one of {', '.join(tables)}")
         table = tables[name]
         changes = {key: table.pop(key) for key in _TABLES if key in table}
+        if slow_bf16(torch.device(table["device"])):
+            for change in changes.values():
+                if change.get("precision") == "bf16":
+                    change["precision"] = "fp32"
         table |= {"once": tuple(table["once"]), "snapshots": tuple(table["snapshots"])}
         return cls(name=name, changes=changes, **table)
 

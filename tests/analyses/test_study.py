@@ -54,6 +54,15 @@ def test_every_schedule_is_read_and_another_is_refused():
         Schedule.read("long")
 
 
+def test_bf16_becomes_fp32_where_it_is_slow_and_only_there(monkeypatch):
+    for slow in (False, True):
+        monkeypatch.setattr(study, "slow_bf16", lambda device, slow=slow: slow or None)
+        plan = Schedule.read("short")
+        assert plan.overrides("mae", 0)["precision"] == ("fp32" if slow else "bf16")
+        assert plan.changes["finetune"]["precision"] == ("fp32" if slow else "bf16")
+    assert "precision" not in Schedule.read("gpu").overrides("mae", 0)
+
+
 def test_seed_0_of_all_systems_comes_first_and_systems_of_one_seed_come_once(short):
     names = [job.name for job in training(short, Path("runs"), Path("data.npz"))]
     assert {name.rsplit("-", 1)[0] for name in names[:6]} == set(study.SYSTEMS)

@@ -32,7 +32,7 @@ from vitprobe.capture.maps import Maps
 from vitprobe.capture.recorder import Recorder
 from vitprobe.capture.storing import Store, storing
 from vitprobe.data.blocks import View
-from vitprobe.devices import exact_products, find_device, placed, same_modes
+from vitprobe.devices import computing, find_device, placed, same_modes
 from vitprobe.errors import CaptureError
 from vitprobe.models import Model, wrap
 from vitprobe.models.anatomy import Layout, Site
@@ -170,8 +170,7 @@ def capture(
             on_attention=maps.add if plan.sites else None,
         )
         for context in (
-            exact_products(),
-            torch.autocast(where.type, dtype=torch.bfloat16, enabled=precision == "bf16"),
+            computing(where, precision),
             placed(model.module, where),
             torch.no_grad(),
             recorder,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vitprobe.data.labelled import Labelled, load_labelled
 from vitprobe.data.parts import Labels, Part
-from vitprobe.devices import exact_products, halved, placed
+from vitprobe.devices import computing, halved, placed
 from vitprobe.errors import DataError, MeasureError, VitprobeError, is_out_of_memory
 from vitprobe.evaluation.intervals import Interval
 from vitprobe.scores import Score
@@ -154,10 +154,8 @@ def running(model: Model, device: torch.device, precision: Precision) -> Iterato
     # A module of the user's own may keep what it computes, and could not train with inference
     # tensors later.
     grad_off = torch.no_grad() if model.spec == "module" else torch.inference_mode()
-    bf16 = precision == "bf16"
     with ExitStack() as stack:
-        stack.enter_context(exact_products())
-        stack.enter_context(torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16))
+        stack.enter_context(computing(device, precision))
         stack.enter_context(placed(model.module, device))
         stack.enter_context(grad_off)
         yield

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from vitprobe import distributed
+from vitprobe.devices import slow_bf16
 from vitprobe.errors import RecipeError
 from vitprobe.training.graphs import Pass, Replayed, tried
 from vitprobe.training.methods import Batch, Method
@@ -70,6 +71,8 @@ class Engine:
         precision, compiling = recipe.precision, recipe.compile
         if precision == "auto":
             precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
+        if precision == "bf16" and (reason := slow_bf16(device)):
+            self.notes.append(reason)
         if compiling == "auto":
             compiling = "blocks" if on_gpu else "off"
         processes = distributed.world_size()
