@@ -19,6 +19,9 @@ from PIL import Image
 import vitprobe as vp
 from vitprobe import cli
 
+SVG = ("--formats", "svg")
+"""Less to draw, where files of figures are not what is tested."""
+
 
 @pytest.fixture
 def photos(tmp_path):
@@ -107,6 +110,7 @@ def test_groups_of_seeds_and_untrained_twins(run, checkpoint, photos, tmp_path):
         *("--group", f"One=init:{checkpoint},seed=2,heads=3", "--random-reference"),
         *("--measures", "cka,sink_mass,token_cosine", "--max-images", 8),
         *("--images", photos, "--out", "out"),
+        *SVG,
     )
     assert (status, out) == (0, "out/report.html\n"), err
     result = vp.open_result(tmp_path / "out" / "results.nc")
@@ -276,7 +280,9 @@ def test_names_that_are_no_utf8_and_links(run, photos, checkpoint, tmp_path):
     (tmp_path / "elsewhere" / "loop").symlink_to(photos, target_is_directory=True)
     (photos / "gone.png").symlink_to(tmp_path / "nowhere.png")
     os.mkfifo(photos / "pipe.png")
-    status, _, err = run("compare", f"{checkpoint},heads=3", "--images", photos, "--out", "out")
+    status, _, err = run(
+        "compare", f"{checkpoint},heads=3", "--images", photos, "--out", "out", *SVG
+    )
     assert status == 0, err
     result = vp.open_result(tmp_path / "out" / "results.nc")
     assert result.provenance["images"]["undecodable"] == ["gone.png"]
@@ -287,7 +293,7 @@ def test_names_that_are_no_utf8_and_links(run, photos, checkpoint, tmp_path):
 
 def test_small_blocks(run, photos, checkpoint, tmp_path):
     status, _, err = run(
-        "compare", f"{checkpoint},heads=3", "--images", photos, "--out", "out", "--block", 4
+        "compare", f"{checkpoint},heads=3", "--images", photos, "--out", "out", "--block", 4, *SVG
     )
     assert status == 0, err
     result = vp.open_result(tmp_path / "out" / "results.nc")
@@ -296,7 +302,8 @@ def test_small_blocks(run, photos, checkpoint, tmp_path):
 
 def test_some_undecodable_images_are_counted_named_and_replaced(run, photos, checkpoint, tmp_path):
     (photos / "05.png").write_bytes(b"no")
-    status, _, err = run("compare", f"{checkpoint},heads=3", "--images", photos, "--out", "out")
+    given = (f"{checkpoint},heads=3", "--images", photos)
+    status, _, err = run("compare", *given, "--out", "out", *SVG)
     assert status == 0
     assert "1 image could not be decoded: 05.png" in err
     assert "05.png" in err
@@ -426,14 +433,14 @@ def test_probe_files(run, photos, checkpoint, tmp_path):
     assert status == 0
     for said in ("Probe file", "cka, attention_entropy, sink_mass", "12 in 1 block", "tiny.pth"):
         assert said in out
-    kept = ("--measures", "cka", "attention_entropy")
+    kept = ("--measures", "cka", "attention_entropy", *SVG)
     status, out, err = run("compare", "A=A.probe", "Other=B.probe", *kept, "--out", "out")
     assert (status, out) == (0, "out/report.html\n"), err
     assert vp.open_result("out/results.nc").models == ("A", "Other")
     live = f"C={checkpoint},heads=3"
     status, _, err = run("compare", "B.probe", live, *more, "--out", "mixed", "--dry-run")
     assert status == 0, err
-    status, _, err = run("compare", "B.probe", live, *more, "--out", "mixed")
+    status, _, err = run("compare", "B.probe", live, *more, "--out", "mixed", *SVG)
     assert status == 0, err
     assert vp.open_result("mixed/results.nc").models == ("B", "C")
     assert left_behind(tmp_path) == ["A.probe", "B.probe", "mixed", "out"]
@@ -441,6 +448,7 @@ def test_probe_files(run, photos, checkpoint, tmp_path):
 
 def test_compare_keeps_probe_files(run, photos, checkpoint, tmp_path):
     given = (f"A={checkpoint},heads=3", "--images", photos, "--measures", "cka", "--probes", "kept")
+    given += SVG
     assert run("compare", *given, "--out", "out")[0] == 0
     assert os.listdir(tmp_path / "kept") == ["A.probe"]
     status, _, err = run("compare", *given, "--out", "again")

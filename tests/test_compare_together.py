@@ -165,12 +165,13 @@ def _torchrun(*command: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(launch, capture_output=True, text=True, env=environment, timeout=200)
 
 
+@pytest.mark.slow
 def test_the_command_under_torchrun(shared, tmp_path):
     folder, _ = shared
     torch.save({"model": tiny().module.state_dict()}, tmp_path / "tiny.pth")
     spec, name = f"{tmp_path / 'tiny.pth'},heads=3", "tiny"
     options = ["--images", folder / "photos", "--block", "32", "--device", "cpu"]
-    done = _torchrun(f"tiny={spec}", *options, "--out", tmp_path / "report")
+    done = _torchrun(f"tiny={spec}", *options, "--out", tmp_path / "report", "--formats", "svg")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path / 'report' / 'report.html'}\n"
     assert done.stderr.count("note: 3 images could not be decoded") == 1

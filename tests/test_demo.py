@@ -7,6 +7,7 @@ from vitprobe.demo import BUNDLED, demo
 from vitprobe.errors import ResultError
 
 
+@pytest.mark.slow
 def test_the_demo_compares_what_comes_with_vitprobe(tmp_path):
     page = demo(tmp_path / "demo")
     assert {path.suffix for path in (page.parent / "figures").iterdir()} == {".svg"}

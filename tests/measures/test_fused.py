@@ -223,6 +223,7 @@ def test_no_patch_keys():
 
 @pytest.mark.skipif(ON_CUDA or INTERPRETED, reason="the other tests of this file run here")
 @needs_triton
+@pytest.mark.slow
 def test_under_the_interpreter():
     found = subprocess.run(
         [sys.executable, "-m", "pytest", "-v", "-n0", "-p", "no:cacheprovider", __file__],

@@ -81,6 +81,7 @@ def test_saved_pdf_embeds_truetype_fonts_and_svg_keeps_text(alike, tmp_path):
     assert "<dc:date>" not in svg
 
 
+@pytest.mark.slow
 def test_pdf_and_svg_are_byte_identical_in_another_process(tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()

@@ -187,6 +187,11 @@ def test_page_is_light_in_both_senses(html, path):
     assert "#24292f" not in html.split("</style>", 1)[1]
 
 
+def text_of(result, folder):
+    """The text of a page, without the files of figures that it does not hold."""
+    return report(result, folder / "out", formats=["svg"]).read_text(encoding="utf-8")
+
+
 @pytest.mark.slow
 def test_five_models_stay_below_three_megabytes(tmp_path):
     subjects = {f"model {i}": Subject(12, 12) for i in range(5)}
@@ -197,7 +202,7 @@ def test_five_models_stay_below_three_megabytes(tmp_path):
 @pytest.mark.parametrize("measures", [("cka",), ("attention_entropy", "sink_mass")])
 def test_any_subset_of_measures_makes_a_page(measures, tmp_path):
     result = comparison({"A": Subject(2)}, measures=measures)
-    page = Page(report(result, tmp_path / "out").read_text(encoding="utf-8"))
+    page = Page(text_of(result, tmp_path))
     assert ("similarity" in page.ids) == ("cka" in measures)
     assert ("attention" in page.ids) == ("cka" not in measures)
 
@@ -213,7 +218,7 @@ def test_a_measure_that_is_undefined_everywhere_is_a_sentence_and_no_figure(tmp_
     for group, measure in gone.items():
         result.tree[group][measure][:] = np.nan
     result.tree["tokens"] = xr.DataTree(result.tree["tokens"].to_dataset().isel(step=slice(0)))
-    html = report(result, tmp_path / "out").read_text(encoding="utf-8")
+    html = text_of(result, tmp_path)
     for measure in gone.values():
         title = MEASURES[measure].title
         assert f"Undefined in every layer, as the notes say: {title}." in html
@@ -226,9 +231,9 @@ def test_a_measure_that_is_undefined_everywhere_is_a_sentence_and_no_figure(tmp_
 
 def test_the_page_says_whether_cka_is_of_all_images_or_of_blocks(tmp_path):
     result = comparison({"A": Subject(2)}, measures=("cka",))
-    blocked = report(result, tmp_path / "blocked").read_text(encoding="utf-8")
+    blocked = text_of(result, tmp_path / "blocked")
     result.provenance["cka_value"] = "exact"
-    exact = report(result, tmp_path / "exact").read_text(encoding="utf-8")
+    exact = text_of(result, tmp_path / "exact")
     assert "accumulated over blocks of 128 images" in blocked
     assert "over all images at once" in exact
     assert "accumulated over blocks" not in exact
@@ -240,7 +245,7 @@ def test_sentences_about_measures_that_are_absent_are_absent(tmp_path):
         measures=("cka", "attention_distance_raw", "attention_entropy_all", "sink_mass"),
         estimator="biased",
     )
-    html = report(result, tmp_path / "out").read_text(encoding="utf-8")
+    html = text_of(result, tmp_path)
     # What a measure says of itself under Methods may name the others.
     for text in ("describe only the rest.</p>", "renormalise it", "First blocks"):
         assert text not in html, text
@@ -250,7 +255,7 @@ def test_sentences_about_measures_that_are_absent_are_absent(tmp_path):
 def test_images_of_a_model_of_one_channel_are_said_to_be_luminance(tmp_path):
     grey = Subject(1, extra={"input_size": [1, 224, 224]})
     result = comparison({"A": grey, "B": Subject(1)}, measures=("rankme",), images=4)
-    html = report(result, tmp_path / "out").read_text(encoding="utf-8")
+    html = text_of(result, tmp_path)
     assert "; given to A, of one channel, as luminance." in html
 
 
@@ -259,7 +264,7 @@ def test_more_than_three_measures_relative_to_uniform_are_not_listed(tmp_path):
     result = comparison(
         {"A": Subject(1), "B": Subject(1, grid=(7, 7))}, measures=tuple(names), images=4
     )
-    html = report(result, tmp_path / "out").read_text(encoding="utf-8")
+    html = text_of(result, tmp_path)
     assert "is shown relative to it (the attention measures in px or nats)" in html
 
 
@@ -275,7 +280,7 @@ def of_seeds(seeds: int, folder: Path) -> tuple[str, Path]:
         images=8,
         groups=groups,
     )
-    path = report(result, folder / str(seeds))
+    path = report(result, folder / str(seeds), formats=["svg"])
     html = path.read_text(encoding="utf-8")
     return html[html.index('<section id="seeds"') : html.index('<section id="files"')], path
 
@@ -302,10 +307,10 @@ def test_a_model_without_prefix_tokens_has_a_page_of_sink_mass_alone(tmp_path):
     result = comparison(
         {"A": Subject(2), "B": Subject(2, prefix=0)}, measures=("sink_mass",), images=4
     )
-    page = Page(report(result, tmp_path / "out").read_text(encoding="utf-8"))
+    page = Page(text_of(result, tmp_path))
     # The overlay, the heads of A, and the forest.
     assert page.figures == 3
-    assert {"results.nc", "tables/sink_mass.csv", "figures/sink_mass_all.pdf"} <= set(page.links)
+    assert {"results.nc", "tables/sink_mass.csv", "figures/sink_mass_all.svg"} <= set(page.links)
 
 
 def test_cells_of_heatmaps_have_crisp_edges(html):
@@ -320,7 +325,7 @@ def test_dots_of_heatmaps_are_on_the_page(tmp_path):
     result = comparison(
         {"A": Subject(2), "B": Subject(2)}, measures=("cka",), cka={("A", "B"): block}, floor=0.3
     )
-    html = report(result, tmp_path / "out").read_text(encoding="utf-8")
+    html = text_of(result, tmp_path)
     assert sum(run.count("h0") for run in re.findall(r'class="dots" d="([^"]+)"', html)) == sum(
         int((result.cka(a, b) <= result.floor("cka", a, b)).sum())
         for a, b in (("A", "B"), ("A", "A"), ("B", "B"))
@@ -424,7 +429,7 @@ def test_what_was_refused_is_on_the_page_with_its_reason(tmp_path):
         "XCiT": Subject(depth=3, kinds=("global", "channels", "class token"), prefix=0),
         "conv": Subject(depth=2, no_attention="it is convolutional"),
     }
-    html = report(comparison(subjects, images=8), tmp_path / "out").read_text(encoding="utf-8")
+    html = text_of(comparison(subjects, images=8), tmp_path)
     assert "<h3>Not measured</h3>" in html
     assert "conv has no attention: it is convolutional." in html
     rows = re.findall(r"<tr><td data-label=\"Model\">(.*?)</tr>", html)
@@ -442,7 +447,7 @@ def test_windows_are_said_to_bound_uniform_attention(tmp_path):
         "Swin": Subject(depth=3, grid=(7, 7), patch=32, kinds=("windows",) * 3),
     }
     result = comparison(subjects, images=8)
-    html = report(result, tmp_path / "out").read_text(encoding="utf-8")
+    html = text_of(result, tmp_path)
     assert "which in the windows of Swin means everywhere in its window" in html
     assert "attends most locally for its reach" in html
     assert re.search(r"In pixels, windows and all: .*px in ViT and .*px in Swin\.", html)

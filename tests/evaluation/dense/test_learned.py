@@ -1,6 +1,7 @@
 """What predictors learn of the shapes from a masked autoencoder; one update at the paper's size.
 
-That it beats random weights is not tested, since on the shapes it does not (docs/dense.md).
+Where classes have textures it beats the weights that it started from, though not every random
+initialisation (docs/dense.md).
 """
 
 from __future__ import annotations
@@ -58,14 +59,21 @@ def place(tmp_path_factory):
     """Shapes in both formats, and a masked autoencoder's encoder trained on their images."""
     folder = tmp_path_factory.mktemp("learned")
     made = write_shapes(folder / "shapes", Shapes())
-    (folder / "mae.toml").write_text(MAE.format(data=made / "coco"))
-    vp.pretrain(folder / "mae.toml", folder / "mae", device="cpu", progress=False)
+    pretrain(folder, made)
     return folder
 
 
-def scores(protocol, spec, data, recipe):
+def pretrain(folder, shapes, **overrides):
+    (folder / "mae.toml").write_text(MAE.format(data=shapes / "coco"))
+    vp.pretrain(
+        folder / "mae.toml", folder / "mae", overrides=overrides, device="cpu", progress=False
+    )
+
+
+def scores(protocol, spec, data, recipe, **overrides):
+    overrides = {"threads": 1, **overrides}
     found = vp.evaluate(
-        protocol, spec, data, recipe=recipe, overrides={"threads": 1}, device="cpu", progress=False
+        protocol, spec, data, recipe=recipe, overrides=overrides, device="cpu", progress=False
     )
     return {row.metric: row.value for row in found.rows}
 
@@ -75,6 +83,22 @@ def test_detection_learns_the_shapes(place):
     found = scores("detection", f"run:{place}/mae", place / "shapes" / "coco", "shapes_vitdet")
     assert found["box_ap50"] > 0.8
     assert found["mask_ap"] > 0.25
+
+
+@pytest.mark.slow
+def test_detection_from_a_masked_autoencoder_beats_the_weights_it_started_from(tmp_path):
+    """By 0.03 to 0.07 box AP over five seeds; what is tested is a third of the least."""
+    unlabelled = Shapes(seed=1, train=6000, val=1, cue="texture")
+    pretrain(tmp_path, write_shapes(tmp_path / "other", unlabelled), epochs=27, snapshots=[0])
+    data = write_shapes(tmp_path / "shapes", Shapes(cue="texture")) / "coco"
+    start = tmp_path / "mae" / "snapshots" / "epoch_0000.safetensors"
+    trained, untrained = (
+        scores("detection", spec, data, "shapes_vitdet", epochs=16)
+        for spec in (f"run:{tmp_path}/mae", str(start))
+    )
+    assert trained["box_ap50"] > 0.8
+    assert trained["box_ap"] > untrained["box_ap"] + 0.01
+    assert trained["mask_ap"] > untrained["mask_ap"] + 0.01
 
 
 @pytest.mark.slow
