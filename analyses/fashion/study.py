@@ -23,7 +23,7 @@ import tyro
 
 from vitprobe.data.labelled import Arrays, load_labelled
 from vitprobe.devices import slow_bf16
-from vitprobe.errors import DataError, RecipeError, VitprobeError
+from vitprobe.errors import DataError, RecipeError, VitprobeError, suggest
 
 HERE = Path(__file__).parent
 SYSTEMS = {
@@ -254,7 +254,10 @@ def _chosen(jobs: Sequence[Job], only: Sequence[str]) -> list[Job]:
     known = [job.name for job in jobs]
     for name in only:
         if name not in known:
-            raise RecipeError(f"no run '{name}'; choose from {', '.join(known)}")
+            raise RecipeError(
+                f"no run '{name}'; there are {len(known)}, {known[0]} to {known[-1]}."
+                + suggest(name, known)
+            )
     return [job for job in jobs if not only or job.name in only]
 
 
