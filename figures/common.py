@@ -27,7 +27,7 @@ LOOKS: dict[str, dict[str, Any]] = {
     "MAE": {"color": VERMILION, "marker": "^"},
     "D-MAE": {"color": GREEN, "marker": "v"},
     "MAE fine-tuned": {"color": ORANGE, "marker": "P"},
-    "Teacher": {"color": PINK, "marker": "X"},
+    "Teacher": {"color": PINK, "marker": "*", "markersize": 5},
 }
 """Colour and marker of every method, the same in every figure, in the order they are listed."""
 LAYERS = np.arange(13)
@@ -165,8 +165,18 @@ def setting(study: Study) -> str:
     )
 
 
+def updates_of(study: Study) -> str:
+    """How long fine-tunings were: whole epochs, so that shares of the labels differ."""
+    counts = study.updates or (study.schedule["finetune_updates"],)
+    ends = dict.fromkeys((counts[0], counts[-1]))
+    return f"{' to '.join(f'{one:,}' for one in ends)} update{'s' * (counts[-1] != 1)}"
+
+
 def images_of(study: Study) -> str:
     return f"{study.systems.provenance['images']['count']:,} test images of Fashion-MNIST"
 
 
-INTERVALS = "Bands and bars: 95 % interval of the mean over seeds (Student's t); none for one seed."
+INTERVALS = (
+    "Bands: 95 % interval of the mean over seeds (Student's t, not bounded by what a measure can "
+    "be); none for one seed."
+)

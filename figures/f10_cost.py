@@ -46,6 +46,7 @@ def caption(study: Study) -> str:
         "What pre-training costs: (a) training images a second in the fastest epoch of a run, "
         "(b) minutes of a run. Bars are means over seeds, dots single runs. Runs shared the "
         "machine with each other and with other work, so that (b) is an upper bound and (a) the "
-        f"better measure. All runs of pre-training took {total:.0f} minutes together. Run on: "
+        "better measure, though seeds of one method still differ up to twofold. The runs shown "
+        f"took {total:.0f} minutes together. Run on: "
         f"{'; '.join(sorted(ran))}. {setting(study)}"
     )

@@ -49,7 +49,7 @@ def caption(study: Study) -> str:
     return (
         "What distilling the attention of the teacher's last block changes. (a) Debiased CKA of "
         "each layer with the same layer of the teacher. (b, c) Attention distance and entropy, "
-        "mean over heads, as a share of their value under uniform attention, since the teacher has "
-        f"other heads. {INTERVALS} {counted(study, methods)}: the intervals are for this one "
+        "mean over heads, as a share of their value under uniform attention. "
+        f"{INTERVALS} {counted(study, methods)}: the intervals are for this one "
         f"teacher. {images_of(study)}. {setting(study)}"
     )

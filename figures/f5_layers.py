@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analyses.fashion.reading import Study
-from figures.common import LAYERS, grid, layered, legend, letters, line, look, plural, setting
+from figures.common import LAYERS, grid, layered, legend, letters, line, look, setting, updates_of
 from vitprobe.plots.style import GRID
 
 TUNED = ("MoCo-v3", "MAE", "D-MAE")
@@ -72,11 +72,12 @@ def caption(study: Study) -> str:
         if study.by_kept(method, KEPT, labels=labels).dropna().empty
     ]
     gaps = f" Not run at every number of blocks: {', '.join(missing)}." if missing else ""
-    updates = study.schedule["finetune_updates"]
+    updates = updates_of(study)
     return (
         "Which layers matter. (a, b) Accuracy after fine-tuning where only the first blocks keep "
-        "their pre-trained weights and the others start anew; dots are seeds, lines the first "
-        f"that was run for every number of blocks. {plural(updates, 'update')} of fine-tuning."
-        f"{gaps} (c, d) Accuracy of weighted k-NN (k = 20) and of a linear classifier on the mean "
-        f"of the patch tokens of each layer, seed 0{tuned}. {setting(study)}"
+        "their pre-trained weights and the others start anew (patches, class token and positions "
+        "are kept in any case); dots are seeds, lines the first that was run for every number of "
+        f"blocks. {updates} of fine-tuning{tuned}. Axes differ.{gaps} (c, d) "
+        "Accuracy of weighted k-NN (k = 20) and of a linear classifier on the mean "
+        f"of the patch tokens of each layer, seed 0. {setting(study)}"
     )

@@ -5,7 +5,18 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from analyses.fashion.reading import Study
-from figures.common import LOOKS, counted, dots, letters, look, mosaic, present, rows_of, setting
+from figures.common import (
+    LOOKS,
+    counted,
+    dots,
+    letters,
+    look,
+    mosaic,
+    present,
+    rows_of,
+    setting,
+    updates_of,
+)
 
 PROTOCOLS = (
     ("knn", 1.0, "k-NN"),
@@ -38,11 +49,10 @@ def draw(study: Study) -> Figure:
 
 
 def caption(study: Study) -> str:
-    plan = study.schedule
     return (
         "Top-1 accuracy on the 10,000 test images of Fashion-MNIST: (a, b) of frozen features, by "
         "weighted k-NN (k = 20) and by a linear classifier; (c-e) after fine-tuning for "
-        f"{plan['finetune_updates']} updates with all labels, 10 % and 1 % of them. Random, "
+        f"{updates_of(study)} with all labels, 10 % and 1 % of them. Random, "
         "fine-tuned, is training from scratch; the supervised student and the teacher were not "
         "fine-tuned. A dot is a seed, the tick their mean, the bar its 95 % interval over seeds "
         f"(Student's t; none for one seed). {counted(study, present(study, METHODS))}. Axes "

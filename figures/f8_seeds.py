@@ -63,7 +63,7 @@ def draw(study: Study) -> Figure:
         dots(spread, row, values, look(method))
     rows_of(spread, methods)
     spread.set_xlabel("Attention distance, mean of all heads (px)")
-    letters(axes[:, 0], ("Every two runs", "Seeds of one method", "Seeds and methods"))
+    letters(axes[:, 0], ("Every two runs", "Seeds and methods by layer", "Seeds and methods"))
     return figure
 
 
@@ -90,19 +90,21 @@ def caption(study: Study) -> str:
     methods = present(study, METHODS)
     alike = [within(study, method) for method in methods]
     alike = [pairs.mean() for pairs in alike if len(pairs)]
-    apart = between(study, methods).mean()
+    apart = between(study, methods)
     means = (
         f"Over all layers the mean is {np.mean(alike):.2f} between seeds of one method and "
-        f"{apart:.2f} between methods. "
+        f"{apart.mean():.2f} between methods, up to {apart.mean(1).max():.2f} for one pair of "
+        "methods. "
         if alike
         else ""
     )
     return (
         "Is the difference between methods larger than between seeds? (a) Debiased CKA of every "
         "two runs, mean over the 13 pairs of equal layers; blocks on the diagonal are seeds of one "
-        "method (a run with itself is 1). (b) The same by layer: lines are pairs of seeds of one "
-        "method (colours as in c), dashed is the mean over pairs of different methods and the "
-        f"band their range. {means}(c) Attention distance of every run: dots are seeds, the tick "
-        "their mean, the bar its 95 % interval (Student's t). "
+        "method (a run with itself is 1). (b) The same by layer: lines are means over pairs of "
+        "seeds of one method (colours as in c; none of one seed), dashed is the mean over pairs of "
+        f"different methods and the band the range of these. {means}(c) Attention "
+        "distance of every run: dots are seeds, the tick their mean, the bar its 95 % interval "
+        "(Student's t). "
         f"{counted(study, methods)}. {images_of(study)}. {setting(study)}"
     )

@@ -47,7 +47,7 @@ def draw(study: Study) -> Figure:
 def caption(study: Study) -> str:
     return (
         "How layers become what they are: debiased CKA of each layer after some epochs (upwards) "
-        "with the same layer at the end of the same run (left; the last row is 1) and at the end "
+        "with the same layer at the end of the same run (left; the top row is 1) and at the end "
         "of supervised training (right). Epoch 0 is the start. Seed 0 of each method: no interval. "
         f"{images_of(study)}. {setting(study)}"
     )

@@ -1,6 +1,7 @@
 """The encoders and images that come with vitprobe, from the runs of the study.
 
-    python -m analyses.fashion.bundle --runs runs/fashion/cpu --schedule cpu
+    python -m analyses.fashion.bundle --runs runs/fashion/short --schedule short \\
+        --scores analyses/fashion/results/scores.json
 
 Writes seed 0 of each student as fp16 safetensors, 512 test images and the model card into
 `vitprobe/bundled/`.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from safetensors.torch import load_file, save
 
 from analyses.fashion.study import HERE, NAMES, SYSTEMS, Schedule
 from vitprobe.bundled import FOLDER, SAMPLE
+from vitprobe.errors import VitprobeError
 from vitprobe.files import replacing
 from vitprobe.scores import open_scores
 
@@ -75,4 +78,8 @@ def _bundle(system: str, runs: Path, schedule: str, scores: Path) -> str:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    try:
+        tyro.cli(main)
+    except VitprobeError as error:
+        print(f"bundle: {error}", file=sys.stderr)
+        sys.exit(2)

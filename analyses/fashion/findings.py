@@ -8,6 +8,7 @@ fills the tables of `analyses/README.md` and `analyses/fashion/README.md` from r
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from scipy import stats
 
 from analyses.fashion.reading import RESULTS, Study, same_layers
 from analyses.sections import fill, table, wrapped
+from vitprobe.errors import VitprobeError
 from vitprobe.statistics import holm, quantile
 
 HERE = Path(__file__).parent
@@ -348,6 +350,27 @@ def summary(judged: pd.DataFrame) -> str:
     )
 
 
+def reading_them(study: Study) -> str:
+    """What the first statements and those on blocks are made of, without which they mislead."""
+    text = []
+    effect = _lower_over_upper("Random")(study)
+    if effect is not None:
+        found = over_seeds(effect)
+        text.append(
+            "Untrained networks have lower layers that resemble the supervised ones too, by "
+            f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}] of the first number: that "
+            "it is above 0 says nothing of training."
+        )
+    gains = list(half_gains(study, 1.0).values())
+    if gains:
+        first, second = np.mean(gains, axis=0)
+        text.append(
+            "With all labels the first six pre-trained blocks add "
+            f"{first:+.1f} points of fine-tuned accuracy and the last six {second:+.1f}."
+        )
+    return " ".join(text)
+
+
 def main(results: Path = RESULTS) -> None:
     """results: that `make study` wrote."""
     from analyses.fashion.tables import accuracies, made_by, not_above_random, runs
@@ -356,7 +379,7 @@ def main(results: Path = RESULTS) -> None:
     judged = findings(study)
     page = HERE.parent / "README.md"
     text = f"Of {len(judged)} statements {summary(judged)}. {made_by(study)}"
-    fill(page, "findings", f"{text}\n\n{findings_table(judged)}")
+    fill(page, "findings", f"{text}\n\n{findings_table(judged)}\n\n{wrapped(reading_them(study))}")
     own = HERE / "README.md"
     numbers = f"{made_by(study)}\n\n{accuracies(study)}\n\n{wrapped(not_above_random(study))}"
     fill(own, "numbers", numbers)
@@ -367,4 +390,8 @@ def main(results: Path = RESULTS) -> None:
 if __name__ == "__main__":
     import tyro
 
-    tyro.cli(main)
+    try:
+        tyro.cli(main)
+    except VitprobeError as error:
+        print(f"findings: {error}", file=sys.stderr)
+        sys.exit(2)

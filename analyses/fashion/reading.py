@@ -50,6 +50,13 @@ class Study:
     def scores(self) -> pd.DataFrame:
         return open_scores(self.folder / "scores.json").to_dataframe()
 
+    @property
+    def updates(self) -> tuple[int, ...]:
+        """Different numbers of updates of the fine-tunings, from the least."""
+        tuned = self.scores[self.scores["protocol"] == "finetune"]
+        found = {json.loads(one or "{}").get("updates") for one in tuned["settings"]}
+        return tuple(sorted(found - {None}))
+
     @cached_property
     def costs(self) -> dict[str, dict[str, Any]]:
         path = self.folder / "costs.json"

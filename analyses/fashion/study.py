@@ -131,7 +131,8 @@ class Study:
     """Where training runs and evaluations are kept; large."""
     stages: tuple[Literal["train", "evaluate", "compare"], ...] = STAGES
     only: tuple[str, ...] = field(default=())
-    """Runs to train or evaluate, such as mae-0; all unless given."""
+    """Runs to train or evaluate, such as mae-0 or frozen-mae-0; all unless given. Results are of
+    all runs, and not written where some are named."""
     data: str = "fashion-mnist"
     """Fashion-MNIST: its folder of idx files, or fashion-mnist where it is installed."""
 
@@ -139,14 +140,16 @@ class Study:
 def main(study: Study) -> None:
     schedule = Schedule.read(study.schedule)
     runs = study.runs / schedule.name
-    subset = _subset(study.data, schedule.images, study.runs / "data")
+    subset = study.runs / "data" / f"fashion_{schedule.images}.npz"
     jobs = []
     if "train" in study.stages:
         jobs += training(schedule, runs, subset)
     if "evaluate" in study.stages:
         jobs += evaluation(schedule, runs, subset)
-    _run(_chosen(jobs, study.only), schedule.jobs)
-    if "compare" in study.stages:
+    jobs = _chosen(jobs, study.only)
+    _write_subset(study.data, schedule.images, subset)
+    _run(jobs, schedule.jobs)
+    if "compare" in study.stages and not study.only:
         from analyses.fashion.compare import results
 
         results(schedule, runs, subset, HERE / "results")
@@ -252,6 +255,8 @@ def _toml(value: Any) -> str:
 
 def _chosen(jobs: Sequence[Job], only: Sequence[str]) -> list[Job]:
     known = [job.name for job in jobs]
+    if only and not known:
+        raise RecipeError("--only is of runs to train or evaluate, which these stages have none of")
     for name in only:
         if name not in known:
             raise RecipeError(
@@ -295,10 +300,9 @@ def _do(job: Job, waits: Iterable[Future[None]]) -> None:
     _say(f"{job.name}: done")
 
 
-def _subset(source: str, count: int, folder: Path) -> Path:
-    """An .npz of the first `count` training images of a permutation, in their first order, and of
-    all test images."""
-    path = folder / f"fashion_{count}.npz"
+def _write_subset(source: str, count: int, path: Path) -> None:
+    """The first `count` training images of a permutation, in their first order, and all test
+    images; a file that is there is left as it is."""
     if not path.exists():
         found = load_labelled(source)
         train, test = found.train, found.test
@@ -307,7 +311,7 @@ def _subset(source: str, count: int, folder: Path) -> Path:
         if train.labels is None or test.labels is None:
             raise DataError(f"'{source}' has no labels")
         chosen = np.sort(np.random.default_rng(0).permutation(len(train))[:count])
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}")
         with partial.open("wb") as file:
             np.savez_compressed(
@@ -318,7 +322,6 @@ def _subset(source: str, count: int, folder: Path) -> Path:
                 test_labels=test.labels,
             )
         partial.replace(path)
-    return path
 
 
 _PRINTING = threading.Lock()

@@ -29,7 +29,8 @@ def made_by(study: Study) -> str:
     return (
         f"Schedule `{plan['name']}` ({plan['images']:,} training images, {plan['epochs']} epochs); "
         f"similarity and attention on {about['images']['count']:,} test images; "
-        f"vitprobe {about['versions']['vitprobe']}, commit {about['commit']}."
+        f"compared by vitprobe {about['versions']['vitprobe']}, commit {about['commit']}; commits "
+        "of evaluations are in `scores.json`, where those of a changed tree end in `-dirty`."
     )
 
 
@@ -63,18 +64,19 @@ def not_above_random(study: Study) -> str:
             for method in study.methods
             if method not in ("Random", "MAE fine-tuned")
         }
+        # One seed has no interval, and nan is not at most 0.
         names = [
             method
             for method, effect in found.items()
-            if effect is not None and not over_seeds(effect).low > 0
+            if effect is not None and over_seeds(effect).low <= 0
         ]
         if names:
             parts.append(f"by {label}, {join(names)}")
     if not parts:
         return "All are above Random by more than the interval of the difference."
     return (
-        "Not above Random by more than the 95 % interval of the difference over seeds (systems of "
-        f"one seed have none): {'; '.join(parts)}."
+        "Not above Random by more than the 95 % interval of the difference over seeds: "
+        f"{'; '.join(parts)}. Of systems of one seed this cannot be told."
     )
 
 

@@ -171,6 +171,14 @@ def test_a_part_of_the_study_is_chosen_by_name(short):
         study._chosen(jobs, ("mae-7",))
 
 
+def test_names_of_runs_go_with_stages_that_have_runs(tmp_path):
+    with pytest.raises(RecipeError, match="--only is of runs to train or evaluate"):
+        main(study.Study("short", tmp_path / "runs", ("compare",), ("mae-0",)))
+    with pytest.raises(RecipeError, match="no run 'mae-0'; there are "):
+        main(study.Study("short", tmp_path / "runs", ("evaluate",), ("mae-0",)))
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "recipe"),
     [
