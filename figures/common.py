@@ -74,8 +74,8 @@ def dots(ax: Axes, y: float, values: Any, style: dict[str, Any]) -> None:
     if np.isfinite(low):
         ax.plot([low, high], [y, y], color=style["color"], lw=4, alpha=0.25, solid_capstyle="butt")
         ax.plot([mean], [y], "|", color=INK, ms=7, mew=1.1)
-    own = {key: style[key] for key in ("color", "marker")}
-    ax.plot(values, np.full(len(values), y), ls="", ms=3, mew=style["markeredgewidth"], **own)
+    own = {key: style[key] for key in ("color", "marker", "markersize", "markeredgewidth")}
+    ax.plot(values, np.full(len(values), y), ls="", **own)
 
 
 def heat(ax: Axes, x: Any, y: Any, cells: Any) -> QuadMesh:

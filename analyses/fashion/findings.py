@@ -373,7 +373,13 @@ def reading_them(study: Study) -> str:
 
 def main(results: Path = RESULTS) -> None:
     """results: that `make study` wrote."""
-    from analyses.fashion.tables import accuracies, made_by, not_above_random, runs
+    from analyses.fashion.tables import (
+        accuracies,
+        made_by,
+        not_above_random,
+        paired_with_random,
+        runs,
+    )
 
     study = Study(results)
     judged = findings(study)
@@ -381,7 +387,8 @@ def main(results: Path = RESULTS) -> None:
     text = f"Of {len(judged)} statements {summary(judged)}. {made_by(study)}"
     fill(page, "findings", f"{text}\n\n{findings_table(judged)}\n\n{wrapped(reading_them(study))}")
     own = HERE / "README.md"
-    numbers = f"{made_by(study)}\n\n{accuracies(study)}\n\n{wrapped(not_above_random(study))}"
+    remarks = wrapped(f"{not_above_random(study)} {paired_with_random(study)}")
+    numbers = f"{made_by(study)}\n\n{accuracies(study)}\n\n{remarks}"
     fill(own, "numbers", numbers)
     fill(own, "runs", runs(study))
     print(page, own, sep="\n")

@@ -80,6 +80,22 @@ def not_above_random(study: Study) -> str:
     )
 
 
+def paired_with_random(study: Study) -> str:
+    """MAE and D-MAE minus Random by k-NN in pairs by seed, which start from the same weights."""
+    untrained = study.accuracy(study.seeds("Random"), "knn").to_numpy()
+    parts = []
+    for method in ("MAE", "D-MAE"):
+        trained = study.accuracy(study.seeds(method), "knn").to_numpy()
+        if len(trained) == len(untrained) > 1:
+            mean, low, high = (float(one) for one in t_interval(trained - untrained)[:3])
+            parts.append(f"{method} {mean:+.1f} [{low:+.1f}, {high:+.1f}]")
+    shared = (
+        "Random, MAE and D-MAE of one seed start from the same weights, and intervals take them as "
+        "independent."
+    )
+    return shared + (f" In pairs by seed, k-NN minus Random is {join(parts)}." if parts else "")
+
+
 def _mean(values: np.ndarray) -> str:
     if not len(values):
         return "–"
